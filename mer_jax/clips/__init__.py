@@ -1,0 +1,1 @@
+"""Frames: layouts on disk, views, faces, crops, resampling, demo clips (floor 1)."""

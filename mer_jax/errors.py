@@ -1,0 +1,9 @@
+"""The one kind of error that a user is meant to read."""
+
+
+class UserError(Exception):
+    """Bad input or surroundings: one line that names the file, clip or field and says what to do.
+
+    The doors in ``scripts/`` print it as ``error: <message>`` and exit with status 2; anything else that escapes
+    is a defect of the library and keeps its traceback.
+    """

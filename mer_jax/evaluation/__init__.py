@@ -1,0 +1,1 @@
+"""Metrics, thresholds and statistics: pure functions of arrays (floor 3)."""

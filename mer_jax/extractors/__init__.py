@@ -1,0 +1,1 @@
+"""Per-frame features: frames in, (T, D) out (floor 2)."""

@@ -1,0 +1,1 @@
+"""Folds x seeds: members, the training engine, checkpoints, results (floor 4)."""
