@@ -18,15 +18,16 @@ class CropConfig:
 
     Attributes:
         scale: Factor by which the detected box grows about its centre.
-        square: True cuts a square, as the paper says, so that the face keeps its aspect ratio: ``scale`` times the
-            longer side of the detected box, at most the shorter side of the image, moved (not shrunk or padded)
-            where it would leave the image. False repeats the released code exactly: width and height are scaled
-            separately, all numbers are cut to integers on the way, and what leaves the image is cut off, so that
-            the resize stretches the face.
+        square: True cuts a square, as the paper says, so that the face keeps its aspect ratio: ``scale``
+            times the longer side of the detected box, at most the shorter side of the image, moved (not
+            shrunk or padded) where it would leave the image. False repeats the released code exactly: width
+            and height are scaled separately, all numbers are cut to integers on the way, and what leaves the
+            image is cut off, so that the resize stretches the face.
         size: Side of the resized crop in pixels.
         min_confidence: Lowest detector score in [0, 1] that counts as a face.
-        fallback: What to cut when no face is found. ``'centre'`` is the largest square in the middle of the image;
-            ``'released'`` is the released code's (left 0, top 400, right 1200, bottom 1600), cut to the image.
+        fallback: What to cut when no face is found. ``'centre'`` is the largest square in the middle of the
+            image; ``'released'`` is the released code's (left 0, top 400, right 1200, bottom 1600), cut to
+            the image, which may leave a rectangle.
         bgr: Hand the detector BGR images, as the released code does although the model expects RGB.
     """
 
@@ -82,8 +83,8 @@ def face_box(first_view: np.ndarray, config: CropConfig, detector: FaceDetector)
         detector: An open detector.
 
     Returns:
-        A box inside the image; ``found`` is False where the detector saw no face, or only one whose box does not
-        touch the image.
+        A box inside the image; ``found`` is False where the detector saw no face, or only one whose box does
+        not touch the image.
 
     Raises:
         UserError: No face was found and the released fallback lies outside this image.
@@ -125,7 +126,7 @@ def crop_clip(frames: Iterable[np.ndarray], box: Box, size: int) -> np.ndarray:
         crop = frame[box.top : box.top + box.height, box.left : box.left + box.width]
         if min(box.left, box.top) < 0 or crop.shape[:2] != (box.height, box.width):
             raise ValueError(f"{box} is not inside a frame of {frame.shape[1]} x {frame.shape[0]} pixels")
-        # The crop is made before the resize: Pillow's own box argument lets pixels outside the box in at its edges.
+        # Cropped before the resize: Pillow's own box argument lets pixels outside the box in at its edges.
         image = Image.fromarray(np.ascontiguousarray(crop))
         crops.append(np.asarray(image.resize((size, size), Image.Resampling.LANCZOS)))
     if not crops:
@@ -166,8 +167,8 @@ def _fallback_edges(fallback: str, height: int, width: int) -> tuple[int, int, i
         return left, top, left + side, top + side
     if height <= 400:
         raise UserError(
-            f"no face was found, and the released fallback box (rows 400 to 1600) lies outside a view of {width} x "
-            f"{height} pixels; use crop fallback 'centre'"
+            "no face was found, and the released fallback box (rows 400 to 1600) lies outside a view of "
+            f"{width} x {height} pixels; use crop fallback 'centre'"
         )
     return 0, 400, min(1200, width), min(1600, height)
 

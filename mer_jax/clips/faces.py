@@ -1,11 +1,13 @@
 """Faces as MediaPipe sees them: the only module that touches MediaPipe.
 
-The models are those inside the ``mediapipe`` wheel (BlazeFace and the 468-point face mesh, by Google, Apache-2.0).
-MediaPipe is imported when the first graph is opened, not before, because that takes about a second. Its graphs
-write start-up notes to the process's stderr from their own C++ threads, which no environment variable or logger
-silences; they are kept off the terminal here, whereas errors still get through.
+The models are those inside the ``mediapipe`` wheel (BlazeFace and the 468-point face mesh, by Google,
+Apache-2.0). MediaPipe is imported when the first graph is opened, not before, because that takes about a
+second. Its graphs write start-up notes to the process's stderr from their own C++ threads, which no
+environment variable or logger silences; they are kept off the terminal here, whereas errors still get
+through.
 
-Open a detector or a mesh in a ``with`` statement, in the process that uses it: a graph does not survive a fork.
+Open a detector or a mesh in a ``with`` statement, in the process that uses it: a graph does not survive a
+fork.
 """
 
 import contextlib
@@ -20,10 +22,12 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from mer_jax.errors import UserError
+
 LICENCE = "Apache-2.0"
 NUM_LANDMARKS = 468
 
-# Informations and warnings in the two formats of TensorFlow Lite and of absl's C++ log; errors are not among them.
+# Informations and warnings, but not errors, in the formats of TensorFlow Lite and of absl's C++ log.
 _CHATTER = re.compile(rb"INFO: |WARNING: |[IW]\d{4,8} ")
 _stderr_lock = threading.Lock()
 
@@ -33,8 +37,8 @@ class Detection:
     """A detected face.
 
     Attributes:
-        box: (x, y, width, height) of the face relative to the image's width and height; x and y are those of the
-            upper left corner. A face at the border may reach outside [0, 1].
+        box: (x, y, width, height) of the face relative to the image's width and height; x and y are those of
+            the upper left corner. A face at the border may reach outside [0, 1].
         score: Confidence in [0, 1].
     """
 
@@ -46,8 +50,8 @@ class FaceDetector:
     """MediaPipe's full-range face detector (up to about 5 m), for independent images.
 
     Args:
-        min_confidence: Lowest score in [0, 1] that counts as a face; the released code of the fusion paper takes
-            0.005, which finds nearly any face and, on images without one, sometimes a wrong one.
+        min_confidence: Lowest score in [0, 1] that counts as a face; the released code of the fusion paper
+            takes 0.005, which finds nearly any face and, on images without one, sometimes a wrong one.
     """
 
     def __init__(self, min_confidence: float = 0.005):
@@ -82,15 +86,15 @@ class FaceDetector:
 class FaceMesh:
     """MediaPipe's face mesh: 468 points in three dimensions for one face per image.
 
-    Each ``with`` block has a graph of its own, so the same images in the same order give the same landmarks. With
-    tracking this makes one block per clip a must; without, it costs a tenth of a second at most.
+    Each ``with`` block has a graph of its own, so the same images in the same order give the same landmarks.
+    With tracking this makes one block per clip a must; without, it costs a tenth of a second at most.
 
     Args:
-        tracking: False detects the face anew in every image, which makes the images independent. True takes the
-            images as consecutive frames: the face is followed from the last frame and the points are smoothed
-            over time, which is calmer but delays small motions.
-        min_confidence: Lowest score in [0, 1] of the face detector in front of the mesh and, with tracking, of the
-            tracked face.
+        tracking: False detects the face anew in every image, which makes the images independent. True takes
+            the images as consecutive frames: the face is followed from the last frame and the points are
+            smoothed over time, which is calmer but delays small motions.
+        min_confidence: Lowest score in [0, 1] of the face detector in front of the mesh and, with tracking,
+            of the tracked face.
     """
 
     def __init__(self, tracking: bool = False, min_confidence: float = 0.5):
@@ -117,8 +121,9 @@ class FaceMesh:
             image: (H, W, 3) uint8, RGB.
 
         Returns:
-            (468, 3) float32: x to the right and y downwards in pixels from the upper left corner of the image, z
-            away from the camera in the same scale, 0 at the head's centre. None where no face is found.
+            (468, 3) float32: x to the right and y downwards in pixels from the upper left corner of the
+            image, z away from the camera in the same scale, 0 at the head's centre. None where no face is
+            found.
         """
         faces = self._graph.process(image).multi_face_landmarks
         if not faces:
@@ -138,13 +143,18 @@ class _Graph:
 
     def open(self) -> None:
         with _quiet():
-            import mediapipe as mp
-
+            try:
+                from mediapipe import solutions
+            except ImportError as error:
+                raise UserError(
+                    f"MediaPipe cannot be loaded ({error}); install the version in requirements.txt and the "
+                    "system libraries that the README names"
+                ) from error
             # MediaPipe calls what the protobuf it is pinned to announces for removal.
             warnings.filterwarnings("ignore", message=r"SymbolDatabase\.GetPrototype", category=UserWarning)
-            self._solution = getattr(getattr(mp.solutions, self._module), self._name)(**self._options)
-            # The graph's threads load the models, and talk about it, at their leisure. A first image makes them
-            # finish; without a face it leaves no trace in a tracking graph.
+            self._solution = getattr(getattr(solutions, self._module), self._name)(**self._options)
+            # The graph's threads load the models, and talk about it, in their own time. A first image makes
+            # them finish; without a face it leaves no trace in a tracking graph.
             self._solution.process(np.zeros((64, 64, 3), np.uint8))
 
     def close(self) -> None:
@@ -162,7 +172,7 @@ class _Graph:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Holds back what is written to file descriptor 2 and afterwards passes on all but the start-up chatter."""
+    """Holds back what is written to stderr, and passes it on afterwards without the start-up chatter."""
     with _stderr_lock, tempfile.TemporaryFile() as held:
         if sys.stderr is not None:
             sys.stderr.flush()

@@ -6,11 +6,11 @@ import zlib
 from collections.abc import Iterable, Iterator
 
 import numpy as np
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 from mer_jax.errors import UserError
 
-# What Pillow raises for bytes that are no whole image: mostly OSError, but a few of its decoders let others through.
+# What Pillow raises for bytes that are no whole image: mostly OSError, but some decoders differ.
 _BROKEN_IMAGE = (
     OSError,
     SyntaxError,
@@ -29,27 +29,32 @@ def read_frame(path: str | os.PathLike) -> np.ndarray:
     applied: the frames of a clip are compared pixel by pixel.
 
     Args:
-        path: A jpg, jpeg or png file with 8 bits per channel.
+        path: A jpg, jpeg or png file.
 
     Returns:
         (H, W, 3) uint8, RGB.
 
     Raises:
-        UserError: The file is missing, unreadable, truncated or has more than 8 bits per channel.
+        UserError: The file is missing, unreadable or truncated, or it is grey with more than 8 bits, whose
+            range is anybody's guess.
     """
     try:
         with Image.open(path) as image:
             if image.mode.startswith(("I", "F")):
-                raise UserError(f"{path}: has more than 8 bits per channel; convert the frame to 8 bits")
+                raise UserError(
+                    f"{path}: has more than 8 bits per pixel of grey; convert the frame to 8 bits"
+                )
             # A palette's transparency would make Pillow warn on the direct way to RGB.
             image = image.convert("RGBA") if image.mode in ("P", "PA") else image
-            return np.asarray(image.convert("RGB"))
+            return np.array(image.convert("RGB"))
     except FileNotFoundError:
         raise UserError(f"{path}: no such frame; restore the file or remove its clip") from None
     except _BROKEN_IMAGE as error:
-        reason = " ".join(str(error).split())
+        unknown = isinstance(error, UnidentifiedImageError)
+        reason = "no known format" if unknown else " ".join(str(error).split())
         raise UserError(
-            f"{path}: cannot be read as an image ({reason}); restore the file from its source or remove its clip"
+            f"{path}: cannot be read as an image ({reason}); restore the file from its source or remove its "
+            "clip"
         ) from error
 
 

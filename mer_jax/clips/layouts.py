@@ -1,7 +1,7 @@
 """Clips as they lie on disk: the 4DMR challenge's folders and the 4DME release's workbook.
 
-Both readers check everything that can be checked without opening an image, so that a wrong data set ends in one
-line before any work is done on it.
+Both readers check everything that can be checked without opening an image, so that a wrong data set ends in
+one line before any work is done on it.
 """
 
 import csv
@@ -21,7 +21,7 @@ FRAME_SUFFIXES = (".jpg", ".jpeg", ".png")
 
 # The release's known fault: the AU entries of these two data rows (0-based) are exchanged.
 SWAPPED_AU_ROWS = (144, 145)
-_FAULTY_RELEASE = "4dme_labelling_micro_release v1"
+_FAULTY_RELEASE = "4dme labelling micro release v1"
 
 _ID, _SUBJECT = "Id", "subject"
 _RELEASE_COLUMNS = ("sub_ID", "fold_name", "Emotion", "Onset", "Apex", "Offset", "AUs")
@@ -36,8 +36,8 @@ class Clip:
 
     Attributes:
         name: Unique within a data set and fit for a file name.
-        id: The integer by which a submission names the clip: the first one in the challenge's folder name, the
-            1-based data row of the release's workbook.
+        id: The integer by which a submission names the clip: the first one in the challenge's folder name,
+            the 1-based data row of the release's workbook.
         subject: Whose face it is, ``''`` if unknown.
         frames: The T image files in order of time.
         labels: Five values 0 or 1 in the order of :data:`LABELS`, or None for an unlabelled clip.
@@ -72,13 +72,13 @@ def read_challenge(
 ) -> list[Clip]:
     """Reads the 4DMR challenge layout: a folder of two-view frames per sequence and one labels CSV.
 
-    Frames are ordered by the first integer in their name, then by name. A row of the CSV belongs to the folder
-    whose name is its Id or, where the Id is an integer, to the folder with that first integer in its name. Labels
-    of test clips are never read. Hidden files and folders are passed over.
+    Frames are ordered by the first integer in their name, then by name. A row of the CSV belongs to the
+    folder whose name is its Id or, where the Id is an integer, to the folder with that first integer in its
+    name. Labels of test clips are never read. Hidden files and folders are passed over.
 
     Args:
-        root: Holds ``train/<sequence>/`` and, if there are test clips, ``test/<sequence>/``. Without a ``train``
-            folder, ``root`` itself holds the training sequences.
+        root: Holds ``train/<sequence>/`` and, if there are test clips, ``test/<sequence>/``. Without a
+            ``train`` folder, ``root`` itself holds the training sequences.
         labels_csv: The labels, ``root/train.csv`` unless given. UTF-8, with a header.
         columns: What the CSV calls its columns where it differs from ``Id``, the five :data:`LABELS` and the
             optional ``subject``, as {our name: its name}. Other columns are ignored unless they look like a
@@ -93,11 +93,9 @@ def read_challenge(
         UserError: The layout is not as above; the message names the file, clip or column and the remedy.
     """
     root = Path(root)
-    _require_folder(root)
     train_root = root / "train" if (root / "train").is_dir() else root
     if test_root is not None:
         test_root = Path(test_root)
-        _require_folder(test_root)
     elif (root / "test").is_dir():
         test_root = root / "test"
     labels_csv = root / "train.csv" if labels_csv is None else Path(labels_csv)
@@ -115,8 +113,8 @@ def read_challenge(
     unlabelled = [folder.name for id_, folder in train_folders.items() if id_ not in rows]
     if unlabelled:
         raise UserError(
-            f"{labels_csv}: has no row for {_some(unlabelled, 'clip')} of {train_root}; add the row or move the "
-            "folder away"
+            f"{labels_csv}: has no row for {_some(unlabelled, 'clip')} of {train_root}; add the row or move "
+            "the folder away"
         )
 
     clips = []
@@ -139,13 +137,14 @@ def read_release(
 ) -> list[Clip]:
     """Reads the 4DME release: a workbook of annotations over ``frames_root/{sub_ID}/{fold_name}/``.
 
-    The first sheet has one clip per row and the columns ``sub_ID``, ``fold_name``, ``Emotion`` (labels joined by
-    ``+``), ``Onset``, ``Apex``, ``Offset`` (frame numbers, the offset inclusive) and ``AUs`` (tokens joined by
-    ``+``, such as ``AU4(k)+L7``), then a 0/1 column per action unit. A clip's frames are ``Onset .. Offset``:
-    either those with these numbers in their names, or all of its folder where that holds exactly so many.
+    The first sheet has one clip per row and the columns ``sub_ID``, ``fold_name``, ``Emotion`` (labels joined
+    by ``+``), ``Onset``, ``Apex``, ``Offset`` (frame numbers, the offset inclusive) and ``AUs`` (tokens
+    joined by ``+``, such as ``AU4(k)+L7``), then a 0/1 column per action unit. A clip's frames are ``Onset ..
+    Offset``: either those with these numbers in their names, or all of its folder where that holds exactly so
+    many.
 
-    All clips are training clips. A clip's name is its ``fold_name``, with ``sub_ID`` in front if two subjects share
-    one. A numeric ``sub_ID`` also finds the folder with that first integer in its name.
+    All clips are training clips. A clip's name is its ``fold_name``, with ``sub_ID`` in front if two subjects
+    share one. A numeric ``sub_ID`` also finds the folder with that first integer in its name.
 
     Args:
         workbook: The ``.xlsx`` file.
@@ -153,10 +152,11 @@ def read_release(
         keep_k_aus: Whether to keep action units that are marked ``(k)`` in ``AUs``. Without, one is dropped
             unless it also stands there unmarked, as for the other side of the face.
         two_view: Whether a frame holds two views side by side.
-        swap_au_rows: Whether to exchange the action units (``AUs`` and the AU columns, nothing else) of the data
-            rows :data:`SWAPPED_AU_ROWS`, which version 1 of the release confuses. None does so only if the file
-            bears that version's name, ``4DME_Labelling_Micro_release v1.xlsx``, and has these rows; so a corrected
-            file under any other name is left alone, and under the same name False leaves it alone.
+        swap_au_rows: Whether to exchange the action units (``AUs`` and the AU columns, nothing else) of the
+            data rows :data:`SWAPPED_AU_ROWS`, which version 1 of the release confuses. None does so only if
+            the file bears that version's name, ``4DME_Labelling_Micro_release v1.xlsx``, and has these rows;
+            so a corrected file under any other name is left alone, and under the same name False leaves it
+            alone.
         min_frames: Fewest frames that a clip may have; with one frame there is no motion to see.
 
     Returns:
@@ -168,14 +168,11 @@ def read_release(
     """
     workbook, frames_root = Path(workbook), Path(frames_root)
     rows = _read_workbook(workbook)
-    _require_folder(frames_root)
+    _entries(frames_root)  # a wrong path is told as such, not as a missing clip
     au_columns = {
         name: f"AU{int(match[1])}" for name in rows[0][1] if (match := _AU_COLUMN.fullmatch(name)) is not None
     }
-    if swap_au_rows is None:
-        swap_au_rows = _is_faulty_release(workbook) and len(rows) > max(SWAPPED_AU_ROWS)
-    if swap_au_rows:
-        _swap_aus(workbook, rows, ("AUs", *au_columns))
+    _swap_aus(workbook, rows, ("AUs", *au_columns), swap_au_rows)
 
     pairs = [(_text(row["sub_ID"]), _text(row["fold_name"])) for _, row in rows]
     shared_names = len({fold_name for _, fold_name in pairs}) < len(pairs)
@@ -189,7 +186,8 @@ def read_release(
         where = f"{where} (clip {fold_name!r} of subject {subject!r})"
         if (subject, fold_name) in first_rows:
             raise UserError(
-                f"{where} repeats row {first_rows[subject, fold_name]}; delete one of them or give it its own folder"
+                f"{where} repeats row {first_rows[subject, fold_name]}; delete one of them or give it its "
+                "own folder"
             )
         first_rows[subject, fold_name] = sheet_row
 
@@ -222,41 +220,48 @@ def read_release(
     return clips
 
 
-# --- folders and frames ---------------------------------------------------------------------------------------
+# --- folders and frames -----------------------------------------------------------------------------------
 
 
-def _require_folder(folder: Path) -> None:
-    if not folder.is_dir():
-        raise UserError(f"{folder}: no such folder; check the path")
+def _entries(folder: Path) -> list[os.DirEntry]:
+    """What a folder holds, hidden entries aside, by name."""
+    try:
+        with os.scandir(folder) as entries:
+            return sorted(
+                (entry for entry in entries if not entry.name.startswith((".", "__"))),
+                key=lambda entry: entry.name,
+            )
+    except OSError as error:
+        raise UserError(
+            f"{folder}: is no folder that can be read ({error.strerror}); check the path"
+        ) from error
 
 
 def _require_frames(folder: Path, count: int, min_frames: int) -> None:
     if count < min_frames:
         plural = "frame" if count == 1 else "frames"
         raise UserError(
-            f"{folder}: the clip has {count} {plural}, at least {min_frames} are needed to see a motion; restore "
-            "its frames, or remove the clip and its labels"
+            f"{folder}: the clip has {count} {plural}, at least {min_frames} are needed to see a motion; "
+            "restore its frames, or remove the clip and its labels"
         )
 
 
 def _sequence_folders(root: Path, without: Path | None = None) -> dict[int, Path]:
     """The sequence folders of ``root`` by the first integer in their names, in ascending order."""
     folders: dict[int, Path] = {}
-    for folder in sorted(root.iterdir()):
-        if not folder.is_dir() or folder.name.startswith((".", "__")):
-            continue
+    for folder in (root / entry.name for entry in _entries(root) if entry.is_dir()):
         if without is not None and folder.resolve() == without.resolve():
             continue
         id_ = _first_integer(folder.name)
         if id_ is None:
             raise UserError(
-                f"{folder}: the folder's name holds no number to be the clip's Id; rename it, or move it away if it "
-                "is no clip"
+                f"{folder}: the folder's name holds no number to be the clip's Id; rename it, or move it "
+                "away if it is no clip"
             )
         if id_ in folders:
             raise UserError(
-                f"{root}: the folders {folders[id_].name!r} and {folder.name!r} both have the Id {id_}, the first "
-                "number in their names; rename one"
+                f"{root}: the folders {folders[id_].name!r} and {folder.name!r} both have the Id {id_}, the "
+                "first number in their names; rename one"
             )
         folders[id_] = folder
     if not folders:
@@ -268,14 +273,14 @@ def _sequence_folders(root: Path, without: Path | None = None) -> dict[int, Path
 
 def _frame_files(folder: Path) -> list[Path]:
     files = [
-        Path(entry.path)
-        for entry in os.scandir(folder)
-        if entry.name.lower().endswith(FRAME_SUFFIXES) and not entry.name.startswith(".") and entry.is_file()
+        folder / entry.name
+        for entry in _entries(folder)
+        if entry.name.lower().endswith(FRAME_SUFFIXES) and entry.is_file()
     ]
     if not files:
         raise UserError(
-            f"{folder}: the clip has no frames ({', '.join(FRAME_SUFFIXES)}) directly inside; restore them, or remove "
-            "the clip and its labels"
+            f"{folder}: the clip has no frames ({', '.join(FRAME_SUFFIXES)}) directly inside; restore them, "
+            "or remove the clip and its labels"
         )
     for stem, count in Counter(file.stem for file in files).items():
         if count > 1:
@@ -291,8 +296,8 @@ def _ordered_frames(folder: Path, min_frames: int) -> tuple[Path, ...]:
     for file, number in numbers.items():
         if number is None:
             raise UserError(
-                f"{file}: the file's name holds no number, so its place among the frames is unknown; rename it, or "
-                "move it away if it is no frame"
+                f"{file}: the file's name holds no number, so its place among the frames is unknown; rename "
+                "it, or move it away if it is no frame"
             )
     return tuple(sorted(files, key=lambda file: (numbers[file], file.name)))
 
@@ -307,8 +312,9 @@ def _frames_between(folder: Path, onset: int, offset: int) -> tuple[Path, ...]:
     if all(number in numbers for number in range(onset, offset + 1)):
         return tuple(numbers[number] for number in range(onset, offset + 1))
     raise UserError(
-        f"{folder}: holds {len(files)} frames, numbered {min(numbers)} to {max(numbers)}; the workbook's Onset {onset} "
-        f"and Offset {offset} want either exactly {wanted} or these numbers: restore the frames or correct the row"
+        f"{folder}: holds {len(files)} frames, numbered {min(numbers)} to {max(numbers)}; the workbook's "
+        f"Onset {onset} and Offset {offset} want either exactly {wanted} or these numbers: restore the "
+        "frames or correct the row"
     )
 
 
@@ -323,8 +329,8 @@ def _frame_numbers(folder: Path, files: Sequence[Path]) -> dict[int, Path]:
         if len(set(column)) == len(files):
             return dict(zip(column, files, strict=True))
     raise UserError(
-        f"{folder}: the names of the frames, such as {min(files).name!r}, hold no number that tells them apart; "
-        "number the frames"
+        f"{folder}: the names of the frames, such as {min(files).name!r}, hold no number that tells them "
+        "apart; number the frames"
     )
 
 
@@ -332,9 +338,9 @@ def _clip_folder(where: str, frames_root: Path, subject: str, fold_name: str) ->
     subject_folder = frames_root / subject
     if not subject_folder.is_dir() and subject.isdigit():
         candidates = [
-            folder
-            for folder in sorted(frames_root.iterdir())
-            if folder.is_dir() and _first_integer(folder.name) == int(subject)
+            frames_root / entry.name
+            for entry in _entries(frames_root)
+            if entry.is_dir() and _first_integer(entry.name) == int(subject)
         ]
         if len(candidates) == 1:
             subject_folder = candidates[0]
@@ -349,7 +355,7 @@ def _first_integer(name: str) -> int | None:
     return int(match[0]) if match else None
 
 
-# --- the challenge's CSV --------------------------------------------------------------------------------------
+# --- the challenge's CSV ----------------------------------------------------------------------------------
 
 
 def _read_labels(
@@ -371,16 +377,17 @@ def _read_labels(
         if id_ not in train_folders:
             if written in test_names or integer in test_folders:
                 raise UserError(
-                    f"{path}: line {number} labels {written!r}, a test clip; labels of test clips are never read: "
-                    "delete the line"
+                    f"{path}: line {number} labels {written!r}, a test clip; labels of test clips are never "
+                    "read: delete the line"
                 )
             raise UserError(
-                f"{path}: line {number} labels {written!r}, but there is no such sequence folder; restore it or "
-                "delete the line"
+                f"{path}: line {number} labels {written!r}, but there is no such sequence folder; restore it "
+                "or delete the line"
             )
         if id_ in line_of:
             raise UserError(
-                f"{path}: line {number} gives Id {written!r} again, after line {line_of[id_]}; delete one of them"
+                f"{path}: line {number} gives Id {written!r} again, after line {line_of[id_]}; delete one of "
+                "them"
             )
         line_of[id_] = number
         labels = []
@@ -401,7 +408,7 @@ def _read_csv(path: Path) -> tuple[list[str], list[tuple[int, list[str]]]]:
     """Header and (line number, fields) of a CSV, stripped, without blank lines."""
     try:
         with path.open(encoding="utf-8-sig", newline="") as stream:
-            reader = csv.reader(stream, skipinitialspace=True, strict=True)
+            reader = csv.reader(stream, skipinitialspace=True)
             lines = [(reader.line_num, [field.strip() for field in fields]) for fields in reader]
     except FileNotFoundError:
         raise UserError(f"{path}: no such labels file; give its path") from None
@@ -414,14 +421,15 @@ def _read_csv(path: Path) -> tuple[list[str], list[tuple[int, list[str]]]]:
     lines = [(number, fields) for number, fields in lines if any(fields)]
     if len(lines) < 2:
         raise UserError(
-            f"{path}: has no {'rows under its header' if lines else 'content'}; it needs a header and one row per "
-            "training clip"
+            f"{path}: has no {'rows under its header' if lines else 'content'}; it needs a header and one "
+            "row per training clip"
         )
     (_, header), *lines = lines
     for number, fields in lines:
         if len(fields) != len(header):
             raise UserError(
-                f"{path}: line {number} has {len(fields)} fields where the header has {len(header)}; correct the line"
+                f"{path}: line {number} has {len(fields)} fields where the header has {len(header)}; correct "
+                "the line"
             )
     return header, lines
 
@@ -447,8 +455,8 @@ def _column_positions(path: Path, header: list[str], columns: Mapping[str, str])
             positions[name] = matches[0]
         elif name != _SUBJECT or name in columns:
             raise UserError(
-                f"{path}: has no column {theirs!r} (it has {', '.join(map(repr, header))}); add it, or say what it is "
-                f"called with the column mapping {name}=<its name>"
+                f"{path}: has no column {theirs!r} (it has {', '.join(map(repr, header))}); add it, or say "
+                f"what it is called with the column mapping {name}=<its name>"
             )
     for position, count in Counter(positions.values()).items():
         if count > 1:
@@ -468,8 +476,8 @@ def _refuse_further_classes(
             continue
         if all(_zero_or_one(fields[position]) is not None for _, fields in lines):
             raise UserError(
-                f"{path}: column {name!r} looks like an unknown class; the classes are {', '.join(LABELS)}: map it to "
-                "one of them or delete the column"
+                f"{path}: column {name!r} looks like an unknown class; the classes are {', '.join(LABELS)}: "
+                "map it to one of them or delete the column"
             )
 
 
@@ -477,7 +485,7 @@ def _zero_or_one(text: str) -> int | None:
     return {0: 0, 1: 1}.get(_integer(text))
 
 
-# --- the release's workbook -----------------------------------------------------------------------------------
+# --- the release's workbook -------------------------------------------------------------------------------
 
 
 def _read_workbook(path: Path) -> list[tuple[int, dict[str, object]]]:
@@ -498,8 +506,8 @@ def _read_workbook(path: Path) -> list[tuple[int, dict[str, object]]]:
     for name in _RELEASE_COLUMNS:
         if header.count(name) != 1:
             raise UserError(
-                f"{path}: has {header.count(name) or 'no'} column{'s' * (header.count(name) > 1)} {name!r} in the "
-                f"first row of its first sheet; it needs one each of {', '.join(_RELEASE_COLUMNS)}"
+                f"{path}: has {header.count(name) or 'no'} column{'s' * (header.count(name) > 1)} {name!r} "
+                f"in the first row of its first sheet; it needs one each of {', '.join(_RELEASE_COLUMNS)}"
             )
     rows = [
         (sheet_row, dict(zip(header, values, strict=True)))
@@ -511,18 +519,22 @@ def _read_workbook(path: Path) -> list[tuple[int, dict[str, object]]]:
     return rows
 
 
-def _is_faulty_release(workbook: Path) -> bool:
-    # Browsers and archives turn the blank into an underscore.
-    return workbook.stem.lower().replace("_", " ") == _FAULTY_RELEASE.replace("_", " ")
-
-
-def _swap_aus(workbook: Path, rows: list[tuple[int, dict[str, object]]], columns: Iterable[str]) -> None:
-    if len(rows) <= max(SWAPPED_AU_ROWS):
+def _swap_aus(
+    workbook: Path, rows: list[tuple[int, dict[str, object]]], columns: Iterable[str], wanted: bool | None
+) -> None:
+    # The sheet counts its rows from 1, the header's.
+    swapped = [row for sheet_row, row in rows if sheet_row - 2 in SWAPPED_AU_ROWS]
+    if wanted is None:
+        # Downloads turn the blank in the file's name into an underscore.
+        wanted = workbook.stem.lower().replace("_", " ") == _FAULTY_RELEASE and len(swapped) == 2
+    if not wanted:
+        return
+    if len(swapped) < 2:
         raise UserError(
-            f"{workbook}: has {len(rows)} rows, so the AUs of rows {SWAPPED_AU_ROWS[0]} and {SWAPPED_AU_ROWS[1]} cannot "
-            "be exchanged; leave swap_au_rows unset"
+            f"{workbook}: has no data rows {SWAPPED_AU_ROWS[0]} and {SWAPPED_AU_ROWS[1]} whose AUs could be "
+            "exchanged; leave swap_au_rows unset"
         )
-    first, second = (rows[index][1] for index in SWAPPED_AU_ROWS)
+    first, second = swapped
     for column in columns:
         first[column], second[column] = second[column], first[column]
 
@@ -533,7 +545,8 @@ def _joined_labels(where: str, emotion: object) -> tuple[int, ...]:
     for part in _text(emotion).split("+"):
         if part.strip().lower() not in known:
             raise UserError(
-                f"{where} has the Emotion {_text(emotion)!r}; write one or several of {', '.join(LABELS)}, joined by +"
+                f"{where} has the Emotion {_text(emotion)!r}; write one or several of {', '.join(LABELS)}, "
+                "joined by +"
             )
         present.add(known[part.strip().lower()])
     return tuple(int(label in present) for label in LABELS)
@@ -571,7 +584,7 @@ def _frame_number(where: str, row: Mapping[str, object], column: str) -> int:
     return number
 
 
-# --- values ---------------------------------------------------------------------------------------------------
+# --- values -----------------------------------------------------------------------------------------------
 
 
 def _text(value: object) -> str:

@@ -8,9 +8,9 @@ from mer_jax.errors import UserError
 def resample_indices(num_frames: int, k: int) -> np.ndarray:
     """Indices of ``k`` frames spread evenly over a clip, as the released inference chooses them.
 
-    A longer clip gives ``round(i * (num_frames - 1) / (k - 1))`` for i = 0 .. k - 1, so that its first and last
-    frames are always among them; ties go to the even index (with 16 or 18 frames there are none). A clip of at
-    most ``k`` frames gives all of them, the last one repeated. A single frame is the middle one.
+    A longer clip gives ``round(i * (num_frames - 1) / (k - 1))`` for i = 0 .. k - 1, so that its first and
+    last frames are always among them; ties go to the even index (with 16 or 18 frames there are none). A clip
+    of at most ``k`` frames gives all of them, the last one repeated. A single frame is the middle one.
 
     Args:
         num_frames: Frames that the clip has, at least 1.

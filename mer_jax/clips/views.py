@@ -8,8 +8,8 @@ from mer_jax.errors import UserError
 def split_views(frame: np.ndarray) -> dict[str, np.ndarray]:
     """Cuts a two-view frame at half its width.
 
-    As in the paper (fusion, section 3.1.1); where the width is odd, the right view is the wider one, as in the
-    released code.
+    As in the paper (fusion, section 3.1.1); where the width is odd, the right view is the wider one, as in
+    the released code.
 
     Args:
         frame: (H, W, 3) image; W at least 2.
