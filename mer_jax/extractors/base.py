@@ -1,7 +1,8 @@
 """What an extractor is, and which ones there are.
 
-An extractor turns the frames of one sample (one view of one clip, cropped to the face) into one feature vector per
-frame. Everything a data set says about its features (name, width, licence, preprocessing) comes from here.
+An extractor turns the frames of one sample (one view of one clip, cropped to the face) into one feature
+vector per frame. Everything a data set says about its features (name, width, licence, preprocessing) comes
+from here.
 """
 
 import dataclasses
@@ -30,11 +31,11 @@ class Extractor:
         modality: ``'appearance'`` (2D) or ``'geometry'`` (3D).
         dim: D, the number of features per frame.
         licence: Licence of the code and weights behind the features.
-        preprocessing: What is done to the crops, in words, with every constant. Two extractors that give different
-            numbers differ here: finished work is reused only where this text is the same.
-        open: Makes a context manager whose value maps one sample's crops, (T, H, W, 3) uint8 RGB, to (T, D) float32.
-            Weights and graphs live in the context. A row of NaN says that nothing was found in that frame
-            (see :func:`fill_missing`); the result does not depend on samples mapped before.
+        preprocessing: What is done to the crops, in words, with every constant. Two extractors that give
+            different numbers differ here: finished work is reused only where this text is the same.
+        open: Makes a context manager whose value maps one sample's crops, (T, H, W, 3) uint8 RGB, to (T, D)
+            float32. Weights and graphs live in the context. A row of NaN says that nothing was found in that
+            frame (see :func:`fill_missing`); the result does not depend on samples mapped before.
     """
 
     name: str
@@ -59,8 +60,8 @@ def get_extractor(name: str) -> Extractor:
 def fill_missing(features: np.ndarray) -> tuple[np.ndarray, int]:
     """Fills the frames in which an extractor found nothing.
 
-    A missing frame lies on the straight line between its nearest neighbours in time that were found; before the first
-    and after the last of these it repeats them. Where no frame was found all features are 0.
+    A missing frame lies on the straight line between its nearest neighbours in time that were found; before
+    the first and after the last of these it repeats them. Where no frame was found all features are 0.
 
     Args:
         features: (T, D) float32, missing frames as rows of NaN.

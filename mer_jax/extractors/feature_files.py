@@ -1,13 +1,14 @@
 """Features that were computed elsewhere: one file per sample, or one file per frame.
 
-A *sample* is one view of one clip, named ``<sequence>_l`` or ``<sequence>_r`` (just ``<sequence>`` for clips of a
-single view). Under a folder of features of one extractor its features are either
+A *sample* is one view of one clip, named ``<sequence>_l`` or ``<sequence>_r`` (just ``<sequence>`` for clips
+of a single view). Under a folder of features of one extractor its features are either
 
 - ``<sample>.npy`` (or ``.pt``): one array (T, D), or
 - ``<sample>/``: one ``.npy`` or ``.pt`` file per frame, each (D,) or (1, D). This is the layout of the bundle
-  published with "Leveraging Foundation Models and 3D Facial Reconstruction for Micro-Expression Classification":
-  ``feat2d/<sample>/*.pt`` with one tensor per frame, ``feat3d/<sample>/*.npy`` with one pickled dict per frame whose
-  ``coeffs`` (1, 621) are FaceVerse v4's; of these only the 171 expression values are features (section 3.1.2).
+  published with "Leveraging Foundation Models and 3D Facial Reconstruction for Micro-Expression
+  Classification": ``feat2d/<sample>/*.pt`` with one tensor per frame, ``feat3d/<sample>/*.npy`` with one
+  pickled dict per frame whose ``coeffs`` (1, 621) are FaceVerse v4's; of these only the 171 expression values
+  are features (section 3.1.2).
 
 Nothing is executed from these files and PyTorch is not needed (see :mod:`mer_jax.extractors.pt_files`).
 """
@@ -54,10 +55,11 @@ def read_feature_folder(
 ) -> np.ndarray:
     """Reads the features of one sample from a folder of one file per frame.
 
-    The frames are in the order of the first integer in their names, then of the names, as frames of clips are.
+    The frames are in the order of the first integer in their names, then of the names, as frames of clips
+    are.
 
     Args:
-        folder: The folder; other files than ``.npy`` and ``.pt`` are ignored.
+        folder: The folder; hidden files and others than ``.npy`` and ``.pt`` are ignored.
         dim: The D that all files must have; None accepts that of the first.
         num_frames: How many files there must be; None accepts any number but 0.
 
@@ -65,12 +67,14 @@ def read_feature_folder(
         The features, (T, D) float32, all finite.
 
     Raises:
-        UserError: No such folder, nothing in it, both kinds of file in it, or a file that does not fit, by name.
+        UserError: No such folder, nothing in it, both kinds of file in it, or a file that does not fit, by
+            name.
     """
     folder = Path(folder)
     if not folder.is_dir():
         raise UserError(f"{folder}: no such folder")
-    paths = sorted((p for p in folder.iterdir() if p.suffix in _READERS), key=_frame_order)
+    files = (path for path in folder.iterdir() if not path.name.startswith("."))
+    paths = sorted((path for path in files if path.suffix in _READERS), key=_frame_order)
     if not paths:
         raise UserError(f"{folder}: no .npy or .pt file inside; one per frame is expected")
     if len({path.suffix for path in paths}) > 1:

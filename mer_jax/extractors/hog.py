@@ -1,7 +1,7 @@
 """Appearance without a network: dense histograms of oriented gradients of the face crop.
 
-Dalal and Triggs, "Histograms of Oriented Gradients for Human Detection", CVPR 2005. The face is aligned by its crop,
-which is the same for all frames of a clip, so that a change of a feature is a change of the face.
+Dalal and Triggs, "Histograms of Oriented Gradients for Human Detection", CVPR 2005. The face is aligned by
+its crop, which is the same for all frames of a clip, so that a change of a feature is a change of the face.
 """
 
 import contextlib
@@ -29,9 +29,10 @@ def hog(
 ) -> np.ndarray:
     """Computes the HOG descriptor of a grey image.
 
-    Central differences (0 at the border), magnitudes voted into one orientation bin per pixel and averaged over square
-    cells, blocks of neighbouring cells normalised by L2-Hys (L2, clipped at 0.2, L2 again), blocks overlapping by all
-    but one cell. With unsigned orientations this is ``skimage.feature.hog`` with its default normalisation.
+    Central differences (0 at the border), magnitudes voted into one orientation bin per pixel and averaged
+    over square cells, blocks of neighbouring cells normalised by L2-Hys (L2, clipped at 0.2, L2 again),
+    blocks overlapping by all but one cell. With unsigned orientations this is ``skimage.feature.hog`` with
+    its default normalisation.
 
     Args:
         image: (H, W) grey values, any real type and scale.
@@ -42,7 +43,8 @@ def hog(
         epsilon: Keeps the norm of flat blocks from 0.
 
     Returns:
-        (D,) float32, D = (rows - block + 1) (columns - block + 1) block^2 orientations, rows and columns in cells.
+        (D,) float32, D = (rows - block + 1) (columns - block + 1) block^2 orientations, rows and columns in
+        cells.
 
     Raises:
         ValueError: The image is smaller than one block.

@@ -1,9 +1,9 @@
-"""Tensors from ``.pt`` files and arrays from pickled ``.npy`` files, without PyTorch and without running pickles.
+"""Tensors from ``.pt`` and arrays from pickled ``.npy`` files, without PyTorch and without running pickles.
 
-A pickle is a program. The readers here give it a vocabulary of a dozen harmless names (how a tensor or an array is
-put together, nothing else) and refuse a file that asks for any other, naming what it asked for. Not even NumPy's own
-array unpickling is called: descriptions are collected first and turned into arrays after bounds checks, so a damaged
-or hostile file can end only in a :class:`~mer_jax.errors.UserError`.
+A pickle is a program. The readers here give it a vocabulary of a dozen harmless names (how a tensor or an
+array is put together, nothing else) and refuse a file that asks for any other, naming what it asked for. Not
+even NumPy's own array unpickling is called: descriptions are collected first and turned into arrays after
+bounds checks, so a damaged or hostile file can end only in a :class:`~mer_jax.errors.UserError`.
 """
 
 import contextlib
@@ -14,8 +14,9 @@ import os
 import pickle
 import zipfile
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, BinaryIO
 
 import ml_dtypes
@@ -144,7 +145,7 @@ class _Maker(_Sealed):
 class _Vocabulary(pickle.Unpickler):
     """An unpickler that knows only the names it is given."""
 
-    names: dict[tuple[str, str], _Sealed] = {}
+    names: Mapping[tuple[str, str], _Sealed] = MappingProxyType({})
 
     def find_class(self, module: str, name: str) -> Any:
         try:
@@ -153,7 +154,7 @@ class _Vocabulary(pickle.Unpickler):
             raise _Forbidden(f"{module}.{name}") from None
 
 
-# --- torch ----------------------------------------------------------------------------------------------------
+# --- torch --------------------------------------------------------------------------------------------------
 
 
 @dataclasses.dataclass
@@ -212,14 +213,16 @@ class _StorageType(_Sealed):
 class _TensorUnpickler(_Vocabulary):
     """Rebuilds the structure of a ``torch.save`` pickle with descriptions in the places of tensors."""
 
-    names = {
-        ("torch._utils", "_rebuild_tensor"): _Maker(_rebuild_tensor),
-        ("torch._utils", "_rebuild_tensor_v2"): _Maker(_rebuild_tensor),
-        ("torch._utils", "_rebuild_parameter"): _Maker(_rebuild_parameter),
-        ("torch", "Size"): _Maker(tuple),
-        ("collections", "OrderedDict"): _Maker(OrderedDict),
-        **{("torch", name): _StorageType(dtype) for name, dtype in _STORAGES.items()},
-    }
+    names = MappingProxyType(
+        {
+            ("torch._utils", "_rebuild_tensor"): _Maker(_rebuild_tensor),
+            ("torch._utils", "_rebuild_tensor_v2"): _Maker(_rebuild_tensor),
+            ("torch._utils", "_rebuild_parameter"): _Maker(_rebuild_parameter),
+            ("torch", "Size"): _Maker(tuple),
+            ("collections", "OrderedDict"): _Maker(OrderedDict),
+            **{("torch", name): _StorageType(dtype) for name, dtype in _STORAGES.items()},
+        }
+    )
 
     def __init__(self, stream: BinaryIO, storage: Callable[[str, np.dtype, int], _Storage]):
         super().__init__(stream, encoding="utf-8")
@@ -286,7 +289,7 @@ def _read_legacy(stream: BinaryIO) -> Any:
     return _resolve(structure)
 
 
-# --- NumPy ----------------------------------------------------------------------------------------------------
+# --- NumPy --------------------------------------------------------------------------------------------------
 
 
 class _Dtype:
@@ -349,16 +352,18 @@ class _ArrayUnpickler(_Vocabulary):
     """Rebuilds the structure of a pickled array with stand-ins in the places of arrays, types and scalars."""
 
     # NumPy 2 moved its private modules from numpy.core to numpy._core; the files name either.
-    names = {
-        ("numpy", "ndarray"): _Maker(_reconstruct),
-        ("numpy", "dtype"): _Maker(_Dtype),
-        ("collections", "OrderedDict"): _Maker(OrderedDict),
-        **{
-            (f"numpy.{core}.multiarray", name): _Maker(stand_in)
-            for core in ("core", "_core")
-            for name, stand_in in (("_reconstruct", _reconstruct), ("scalar", _Scalar))
-        },
-    }
+    names = MappingProxyType(
+        {
+            ("numpy", "ndarray"): _Maker(_reconstruct),
+            ("numpy", "dtype"): _Maker(_Dtype),
+            ("collections", "OrderedDict"): _Maker(OrderedDict),
+            **{
+                (f"numpy.{core}.multiarray", name): _Maker(stand_in)
+                for core in ("core", "_core")
+                for name, stand_in in (("_reconstruct", _reconstruct), ("scalar", _Scalar))
+            },
+        }
+    )
 
 
 def _resolve(value: Any) -> Any:

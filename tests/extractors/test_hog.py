@@ -75,5 +75,5 @@ def test_grey_keeps_fractions_and_range(rng, size):
     frame = rng.integers(0, 256, (size, size, 3), dtype=np.uint8)
     image = grey(frame)
     assert image.shape == (224, 224) and image.dtype == np.float32
-    assert 0 <= image.min() and image.max() <= 255
+    assert image.min() >= 0 and image.max() <= 255
     assert np.any(image != image.round())

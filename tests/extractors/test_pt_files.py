@@ -126,7 +126,8 @@ def test_pickled_dict_of_numpy_1_and_2(tmp_path, rng, core):
     value = {"coeffs": coeffs, "big": coeffs.astype(">f8").T, "id": np.float64(2.5), "n": [1, "a", None]}
     np.save(tmp_path / "d.npy", value, allow_pickle=True)
     if core == "core":
-        # As NumPy 1 wrote it: the old module path (protocol 3, in whose stream names may change their length).
+        # As NumPy 1 wrote it: the old module path (protocol 3, in whose stream names may change their
+        # length).
         raw = (tmp_path / "d.npy").read_bytes()
         pickled = pickle.dumps(np.array(value, dtype=object), protocol=3)
         pickled = pickled.replace(b"numpy._core.multiarray", b"numpy.core.multiarray")
