@@ -1,0 +1,51 @@
+"""Losses of multi-label classification, from logits."""
+
+import jax
+import jax.numpy as jnp
+
+
+def binary_focal_loss(
+    logits: jax.Array,
+    labels: jax.Array,
+    *,
+    gamma: jax.Array | float = 0.0,
+    positive_weight: jax.Array | None = None,
+) -> jax.Array:
+    """Sigmoid focal loss of every label on its own (Lin et al. 2017, eq. 4, read per class for multi-label data).
+
+    ``-w y (1 - p)^gamma log p - (1 - y) p^gamma log(1 - p)`` with ``p = sigmoid(logit)``. With ``gamma = 0`` it is
+    the binary cross-entropy. Written in log-probabilities throughout, so it is finite, with finite gradients, for
+    any finite logit.
+
+    Args:
+        logits: ``(..., C)``.
+        labels: ``(..., C)``, 0 or 1.
+        gamma: Focusing exponent, >= 0.
+        positive_weight: ``(C,)`` factor ``w`` on the positive term; None for 1.
+
+    Returns:
+        Losses ``(..., C)``, >= 0, not averaged.
+    """
+    log_p = jax.nn.log_sigmoid(logits)
+    log_not_p = jax.nn.log_sigmoid(-logits)
+    positive = jnp.exp(gamma * log_not_p) * log_p
+    negative = jnp.exp(gamma * log_p) * log_not_p
+    if positive_weight is not None:
+        positive = positive * positive_weight.reshape((1,) * (positive.ndim - 1) + (-1,))  # (C,) -> (1, ..., C)
+    return -(labels * positive + (1.0 - labels) * negative)
+
+
+def balanced_positive_weight(labels: jax.Array, sample_mask: jax.Array) -> jax.Array:
+    """Negatives over positives of each class, from the masked-in samples only; 1 for a class without positives.
+
+    Args:
+        labels: ``(N, C)``, 0 or 1.
+        sample_mask: ``(N,)``, the samples that count.
+
+    Returns:
+        ``(C,)`` weights for :func:`binary_focal_loss`.
+    """
+    mask = sample_mask.astype(labels.dtype)
+    positives = mask @ labels  # (N,) (N, C) -> (C,)
+    negatives = mask.sum() - positives
+    return jnp.where(positives > 0, negatives / jnp.maximum(positives, 1.0), 1.0)

@@ -1,0 +1,68 @@
+"""Multi-query attention pooling: a sequence of frame features to one vector (hybrid fusion paper, section 3.1.3)."""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+# Large enough to vanish after softmax, small enough that a row of nothing but padding stays finite.
+_MASKED_SCORE = -1e30
+
+
+class MultiQueryPooling(nn.Module):
+    """Learned queries attend to one shared key and value projection of the frames; their answers are averaged.
+
+    K = F W_K, V = F W_V and z = mean over queries of softmax(Q K^T / sqrt(d_k)) V, as in section 3.1.3, eq. 1.
+    Neither K nor V is ever made: the queries are learned and do not depend on the batch, so scores are
+    ``F (W_K Q^T)``, and since the mean over queries is linear, ``z = (mean_q A) F W_V``. Both are equal to the
+    textbook order and save about a factor T on the value side and d_k / Q on the key side.
+
+    Attributes:
+        num_queries: Number of learned queries, Q.
+        key_dim: Width of queries, keys and values, d_k; also the width of the pooled vector.
+    """
+
+    num_queries: int
+    key_dim: int
+
+    @nn.compact
+    def __call__(
+        self,
+        features: jax.Array,
+        frame_mask: jax.Array | None = None,
+        *,
+        feature_scale: jax.Array | None = None,
+        return_attention: bool = False,
+    ) -> jax.Array | tuple[jax.Array, jax.Array]:
+        """Pools over time.
+
+        Args:
+            features: ``(B, T, D)`` frame features.
+            frame_mask: ``(B, T)`` bool, False for padding; None when every frame is real. What stands in a padded
+                frame changes nothing, as long as it is finite.
+            feature_scale: ``(B, D)`` factor on the features of all frames, such as a dropout mask; equal to
+                ``features * feature_scale[:, None, :]`` without another array of that size.
+            return_attention: Whether to return the attention as well.
+
+        Returns:
+            The pooled vectors ``(B, d_k)``; with ``return_attention`` also the attention ``(B, Q, T)``, whose rows
+            sum to 1.
+        """
+        width = features.shape[-1]
+        queries = self.param("query", nn.initializers.normal(1.0), (self.num_queries, self.key_dim))
+        key_kernel = self.param("key_kernel", nn.initializers.lecun_normal(), (width, self.key_dim))
+        value_kernel = self.param("value_kernel", nn.initializers.lecun_normal(), (width, self.key_dim))
+
+        probes = queries @ key_kernel.T * self.key_dim**-0.5  # (Q, d_k) (d_k, D) -> (Q, D)
+        if feature_scale is None:
+            scores = jnp.einsum("btd,qd->bqt", features, probes)
+        else:
+            scaled = feature_scale[:, None, :] * probes[None]  # (B, 1, D) (1, Q, D) -> (B, Q, D)
+            scores = jnp.einsum("btd,bqd->bqt", features, scaled)
+        if frame_mask is not None:
+            scores = jnp.where(frame_mask[:, None, :], scores, _MASKED_SCORE)  # (B, 1, T) over (B, Q, T)
+        attention = nn.softmax(scores, axis=-1)
+        pooled = jnp.einsum("bt,btd->bd", attention.mean(axis=1), features)
+        if feature_scale is not None:
+            pooled = pooled * feature_scale
+        pooled = pooled @ value_kernel  # (B, D) (D, d_k) -> (B, d_k)
+        return (pooled, attention) if return_attention else pooled

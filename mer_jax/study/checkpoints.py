@@ -1,0 +1,118 @@
+"""Orbax behind one small door: checkpoints of a block of members, and its trained variables."""
+
+import contextlib
+import logging
+import shutil
+import threading
+from pathlib import Path
+from typing import Any
+
+import orbax.checkpoint as ocp
+
+from mer_jax.errors import UserError
+
+# Blocks on several devices save from several threads; orbax is not made for that.
+_LOCK = threading.Lock()
+_KEPT = 2
+
+
+class BlockCheckpoints:
+    """Checkpoints of one block: the two newest, each whole or absent.
+
+    Orbax writes a checkpoint under another name and renames it, so a kill at any moment leaves the one before.
+    """
+
+    def __init__(self, directory: Path):
+        self._directory = directory.absolute()
+
+    def latest(self) -> int | None:
+        """The newest saved epoch, or None."""
+        return max(self._epochs(), default=None)
+
+    def save(self, epoch: int, tree: Any) -> None:
+        """Saves ``tree`` (arrays and NumPy arrays) as the state after ``epoch``, then drops all but the newest two.
+
+        Raises:
+            UserError: The file system refuses; the checkpoints before this one are untouched.
+        """
+        save_tree(self._directory / str(epoch), tree)
+        for old in sorted(self._epochs())[:-_KEPT]:
+            shutil.rmtree(self._directory / str(old), ignore_errors=True)
+
+    def restore(self, epoch: int, abstract: Any) -> Any:
+        """Loads the state after ``epoch`` in the shape of ``abstract`` (a tree of ``jax.ShapeDtypeStruct``)."""
+        return load_tree(self._directory / str(epoch), abstract)
+
+    def remove(self) -> None:
+        """Removes all of them."""
+        shutil.rmtree(self._directory, ignore_errors=True)
+
+    def _epochs(self) -> list[int]:
+        if not self._directory.is_dir():
+            return []
+        return [int(entry.name) for entry in self._directory.iterdir() if entry.name.isdigit()]
+
+
+def save_tree(directory: Path, tree: Any) -> None:
+    """Writes a tree of arrays to ``directory``, replacing what is there.
+
+    Args:
+        directory: Where; whole or absent afterwards.
+        tree: Arrays and NumPy arrays.
+
+    Raises:
+        UserError: The file system refuses; nothing is left at ``directory`` but what was there before.
+    """
+    directory = directory.absolute()
+    with _LOCK:
+        try:
+            directory.parent.mkdir(parents=True, exist_ok=True)
+            with _quiet(), ocp.StandardCheckpointer() as checkpointer:
+                checkpointer.save(directory, tree, force=True)
+                checkpointer.wait_until_finished()
+        except Exception as error:
+            # TensorStore reports a full disk as one of several exceptions of its own; whatever it was, the
+            # unfinished folder must not fill the disk further.
+            for rest in directory.parent.glob(f"{directory.name}*orbax-checkpoint-tmp*"):
+                shutil.rmtree(rest, ignore_errors=True)
+            reason = str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
+            raise UserError(
+                f"{directory}: the checkpoint could not be written ({reason}); free space there. Earlier checkpoints "
+                "are intact"
+            ) from error
+
+
+def load_tree(directory: Path, abstract: Any) -> Any:
+    """Reads what :func:`save_tree` wrote.
+
+    Args:
+        directory: Where.
+        abstract: Tree of ``jax.ShapeDtypeStruct`` with the expected shapes.
+
+    Returns:
+        The tree.
+
+    Raises:
+        UserError: It cannot be read, or holds other shapes.
+    """
+    with _LOCK:
+        try:
+            with _quiet(), ocp.StandardCheckpointer() as checkpointer:
+                return checkpointer.restore(directory.absolute(), abstract)
+        except Exception as error:
+            reason = str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
+            raise UserError(
+                f"{directory}: the checkpoint cannot be read ({reason}); delete this folder and run the same command "
+                "again"
+            ) from error
+
+
+@contextlib.contextmanager
+def _quiet():
+    logger = logging.getLogger("absl")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)

@@ -1,0 +1,239 @@
+"""A built TFDS data set as plain arrays, and the constants that are fitted on training folds only."""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from mer_jax.clips.resample import resample_indices
+from mer_jax.errors import UserError
+
+NORMALISATIONS = ("none", "l2", "standard")
+REFERENCES = ("none", "onset")
+
+
+@dataclasses.dataclass(frozen=True)
+class StudyData:
+    """All clips of a data set, resampled to T frames, in memory.
+
+    Clips are ordered by split (train first), then id, then name; samples (one a clip and view) by clip, then view.
+
+    Attributes:
+        clip_name: ``(C,)`` str.
+        clip_id: ``(C,)`` int64, the number a submission names the clip by.
+        clip_subject: ``(C,)`` str, '' where unknown.
+        clip_split: ``(C,)`` str, 'train' or 'test'.
+        clip_labels: ``(C, 5)`` int8, 0/1; -1 where unknown.
+        sample_clip: ``(N,)`` int32, index into the clips.
+        sample_view: ``(N,)`` str.
+        features: Modality to ``(N, T, D)`` float32.
+        frame_mask: ``(N, T)`` bool, False for padding.
+    """
+
+    clip_name: np.ndarray
+    clip_id: np.ndarray
+    clip_subject: np.ndarray
+    clip_split: np.ndarray
+    clip_labels: np.ndarray
+    sample_clip: np.ndarray
+    sample_view: np.ndarray
+    features: Mapping[str, np.ndarray]
+    frame_mask: np.ndarray
+
+    @property
+    def labelled(self) -> np.ndarray:
+        """``(C,)`` bool: training clips, the ones that folds are made of."""
+        return self.clip_split == "train"
+
+
+def load_dataset(version_dir: Path, extractors: Mapping[str, str], *, num_frames: int, short: str) -> StudyData:
+    """Reads a built data set and resamples every clip.
+
+    Args:
+        version_dir: Folder of the built version, as ``data_builders.four_dme.build`` returns it.
+        extractors: Modality to the name of the extractor that stands for it.
+        num_frames: T.
+        short: What a clip with fewer frames gets: ``'repeat'`` its last frame, ``'mask'`` masked padding.
+
+    Returns:
+        The data.
+
+    Raises:
+        UserError: The data set lacks an extractor, a clip, a label, or holds values that are not finite.
+    """
+    import tensorflow_datasets as tfds
+
+    builder = tfds.builder_from_directory(version_dir)
+    available = sorted(builder.info.features["features"])
+    for modality, extractor in extractors.items():
+        if extractor not in available:
+            raise UserError(
+                f"config.data.extractors.{modality}={extractor!r}: the data set in {version_dir} holds "
+                f"{', '.join(available)}; choose one of these or build the data set with {extractor!r}"
+            )
+    records = []
+    for split in ("train", "test"):
+        if split in builder.info.splits and builder.info.splits[split].num_examples:
+            source = builder.as_data_source(split)
+            records += [(split, record) for record in source.__getitems__(range(len(source)))]
+    records.sort(key=lambda item: (item[0] == "test", int(item[1]["id"]), item[1]["clip"], item[1]["view"]))
+
+    clips: dict[str, tuple] = {}
+    sample_clip, sample_view, masks = [], [], []
+    features = {modality: [] for modality in extractors}
+    for split, record in records:
+        name = record["clip"].decode()
+        labels = np.asarray(record["labels"], np.int8)
+        if split == "train" and (labels < 0).any():
+            raise UserError(f"clip {name}: a training clip without labels in {version_dir}; build the data set anew")
+        clips.setdefault(name, (int(record["id"]), record["subject"].decode(), split, labels))
+        sample_clip.append(list(clips).index(name))
+        sample_view.append(record["view"].decode())
+        for modality, extractor in extractors.items():
+            frames = np.asarray(record["features"][extractor], np.float32)  # (T_clip, D)
+            if not np.isfinite(frames).all():
+                raise UserError(
+                    f"clip {name}, view {sample_view[-1]}: features {extractor!r} hold values that are not finite; "
+                    "extract this clip again"
+                )
+            features[modality].append(frames[resample_indices(len(frames), num_frames)])
+        real = num_frames if short == "repeat" else min(int(record["num_frames"]), num_frames)
+        masks.append(np.arange(num_frames) < real)
+    if not clips:
+        raise UserError(f"{version_dir}: the data set holds no clips; build it anew")
+    ids, subjects, splits, labels = zip(*clips.values(), strict=True)
+    return StudyData(
+        clip_name=np.array(list(clips)),
+        clip_id=np.array(ids, np.int64),
+        clip_subject=np.array(subjects),
+        clip_split=np.array(splits),
+        clip_labels=np.stack(labels),
+        sample_clip=np.array(sample_clip, np.int32),
+        sample_view=np.array(sample_view),
+        features={modality: np.stack(stack) for modality, stack in features.items()},
+        frame_mask=np.stack(masks),
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class FeatureMap:
+    """The affine map that a modality goes through after its fixed steps, fitted on training samples.
+
+    Attributes:
+        mean: ``(D,)`` subtracted first.
+        projection: ``(D, D')`` applied next, or None for an element-wise map.
+        scale: ``(D',)`` multiplied last.
+    """
+
+    mean: np.ndarray
+    projection: np.ndarray | None
+    scale: np.ndarray
+
+    def __call__(self, features: np.ndarray) -> np.ndarray:
+        """Maps ``(..., D)`` to ``(..., D')`` float32."""
+        centred = features - self.mean
+        if self.projection is not None:
+            centred = centred @ self.projection  # (..., D) (D, D') -> (..., D')
+        return (centred * self.scale).astype(np.float32)
+
+
+def fixed_steps(features: np.ndarray, frame_mask: np.ndarray, *, reference: str, normalise: str) -> np.ndarray:
+    """The steps that need no fitting.
+
+    Args:
+        features: ``(N, T, D)``.
+        frame_mask: ``(N, T)`` bool; padded frames become 0.
+        reference: ``'onset'`` subtracts each sample's first frame, ``'none'`` nothing.
+        normalise: ``'l2'`` divides every frame by its norm + 1e-8, as the released inference does.
+
+    Returns:
+        ``(N, T, D)`` float32.
+    """
+    if reference == "onset":
+        features = features - features[:, :1]
+    if normalise == "l2":
+        features = features / (np.linalg.norm(features, axis=-1, keepdims=True) + 1e-8)
+    return np.where(frame_mask[..., None], features, 0.0).astype(np.float32)
+
+
+def fit_feature_map(
+    features: np.ndarray, frame_mask: np.ndarray, train: Sequence[int] | np.ndarray, *, standardise: bool, reduce: int
+) -> FeatureMap | None:
+    """Fits standardisation and reduction on the frames of training samples, and on nothing else.
+
+    Args:
+        features: ``(N, T, D)`` after :func:`fixed_steps`.
+        frame_mask: ``(N, T)`` bool.
+        train: Indices of the training samples.
+        standardise: Zero mean and unit variance for every feature; constant features become 0. With ``reduce``, the
+            mean variance of the kept components is made 1 and their proportions are kept.
+        reduce: Number of principal components to keep; 0 for all features. At most what the data can span.
+
+    Returns:
+        The map, or None where there is nothing to do.
+    """
+    if not standardise and not reduce:
+        return None
+    frames = features[train][frame_mask[train]].astype(np.float64)  # (training frames, D)
+    if reduce:
+        from sklearn.decomposition import PCA
+
+        components = min(reduce, frames.shape[1], len(frames) - 1)
+        pca = PCA(components, svd_solver="covariance_eigh").fit(frames)
+        power = float(pca.explained_variance_.mean())
+        scale = 1.0 / np.sqrt(power) if standardise and power > 0 else 1.0
+        return FeatureMap(pca.mean_.astype(np.float32), pca.components_.T.astype(np.float32), np.full(components, scale, np.float32))
+    deviation = frames.std(axis=0)
+    constant = deviation <= 1e-6 * max(float(deviation.max()), 1e-30)
+    scale = np.where(constant, 0.0, 1.0 / np.where(constant, 1.0, deviation))
+    return FeatureMap(frames.mean(axis=0).astype(np.float32), None, scale.astype(np.float32))
+
+
+def prepare_features(
+    data: StudyData, clip_fold: np.ndarray, num_folds: int, steps: Mapping[str, Mapping]
+) -> tuple[dict[str, np.ndarray], dict[str, list[FeatureMap] | None]]:
+    """All modalities as the model sees them, for every held-out fold.
+
+    Args:
+        data: The data set.
+        clip_fold: ``(C,)`` the fold that holds a clip out, -1 for test clips.
+        num_folds: F.
+        steps: Modality to ``reference``, ``normalise`` and ``reduce``.
+
+    Returns:
+        Modality to ``(F, N, T, D')`` float32, or ``(1, N, T, D')`` where nothing is fitted; and the fitted maps, one
+        a fold.
+    """
+    prepared, maps = {}, {}
+    sample_fold = clip_fold[data.sample_clip]  # (N,)
+    for modality, step in steps.items():
+        features = fixed_steps(
+            data.features[modality], data.frame_mask, reference=step["reference"], normalise=step["normalise"]
+        )
+        fitted = [
+            fit_feature_map(
+                features,
+                data.frame_mask,
+                np.flatnonzero((sample_fold >= 0) & (sample_fold != fold)),
+                standardise=step["normalise"] == "standard",
+                reduce=_common_rank(step["reduce"], data, sample_fold, num_folds, features.shape[-1]),
+            )
+            for fold in range(num_folds)
+        ]
+        if fitted[0] is None:
+            prepared[modality], maps[modality] = features[None], None
+            continue
+        mapped = [np.where(data.frame_mask[..., None], fit(features), 0.0).astype(np.float32) for fit in fitted]
+        prepared[modality], maps[modality] = np.stack(mapped), fitted
+    return prepared, maps
+
+
+def _common_rank(reduce: int, data: StudyData, sample_fold: np.ndarray, num_folds: int, width: int) -> int:
+    """The number of components that every fold's training frames can span: all members share one shape."""
+    if not reduce:
+        return 0
+    frames = [
+        int(data.frame_mask[(sample_fold >= 0) & (sample_fold != fold)].sum()) for fold in range(num_folds)
+    ]
+    return min(reduce, width, min(frames) - 1)

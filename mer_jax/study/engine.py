@@ -1,0 +1,390 @@
+"""The compiled training program: a block of members under vmap, many steps a call by scan.
+
+A member never meets another: there is no collective anywhere, and a block of members runs on one device from its
+first step to its last. Several devices work on several blocks with the very same program, which is what makes a
+member's result bitwise independent of the number of devices.
+"""
+
+import functools
+from collections.abc import Callable, Mapping
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import struct
+
+from mer_jax.models.losses import balanced_positive_weight, binary_focal_loss
+from mer_jax.models.registry import Learner
+from mer_jax.study.members import stream
+
+
+class Recipe(NamedTuple):
+    """The static part of a training recipe, equal for all members of a study.
+
+    Attributes:
+        epochs: Number of passes over a member's training samples.
+        batch_size: Samples a step, B.
+        warmup_fraction: Share of all steps over which the learning rate rises linearly from 0; then it falls as a
+            half cosine to 0.
+        focal_gamma: Exponent of the focal loss; 0 is binary cross-entropy.
+        balanced: Whether positives weigh negatives over positives of the member's training samples.
+        patience: Epochs without a better inner loss after which a member stops, and the best epoch is kept; 0 keeps
+            the last epoch.
+    """
+
+    epochs: int
+    batch_size: int
+    warmup_fraction: float
+    focal_gamma: float
+    balanced: bool
+    patience: int
+
+
+@struct.dataclass
+class Arrays:
+    """What all members share, on the device once.
+
+    Attributes:
+        inputs: Tree of ``(F or 1, N, ...)`` arrays: the model's inputs for every held-out fold.
+        labels: ``(N, C)`` float32, 0/1; 0 where unknown, which is never trained or scored.
+    """
+
+    inputs: Mapping
+    labels: jax.Array
+
+
+@struct.dataclass
+class MemberInputs:
+    """What tells members apart; under vmap every field has a leading member axis.
+
+    Attributes:
+        key: Typed scalar key.
+        fold: int32, the held-out fold.
+        train_mask: ``(N,)`` bool, samples that give gradients.
+        watched: ``(V,)`` int32, inner and held-out samples, padded with 0.
+        watched_inner: ``(V,)`` bool, which of them are inner.
+        watched_heldout: ``(V,)`` bool, which of them are held out.
+        hyper: Hyper-parameter to float32 scalar.
+    """
+
+    key: jax.Array
+    fold: jax.Array
+    train_mask: jax.Array
+    watched: jax.Array
+    watched_inner: jax.Array
+    watched_heldout: jax.Array
+    hyper: Mapping[str, jax.Array]
+
+
+@struct.dataclass
+class MemberState:
+    """Everything about a member that training changes; a checkpoint is this and the history.
+
+    Attributes:
+        variables: Parameters and further collections.
+        opt_state: Optimiser state.
+        step: int32, updates made.
+        stopped: bool, early stopping has struck.
+        diverged_at: int32, the step whose loss or gradient was not finite; -1 while there is none. The member is
+            frozen from then on.
+        best_variables: Those of the selected epoch.
+        best_loss: float32, inner loss there; infinite before the first.
+        best_epoch: int32, that epoch, from 1; 0 before the first.
+    """
+
+    variables: Mapping
+    opt_state: optax.OptState
+    step: jax.Array
+    stopped: jax.Array
+    diverged_at: jax.Array
+    best_variables: Mapping
+    best_loss: jax.Array
+    best_epoch: jax.Array
+
+
+class Watch(NamedTuple):
+    """What an epoch leaves behind, a member each.
+
+    Attributes:
+        train_loss: Mean training loss of the epoch, dropout on; NaN once stopped or diverged.
+        inner_loss: Mean loss of the inner samples; NaN without an inner split.
+        heldout_loss: Mean loss of the held-out samples; recorded, never chosen by.
+        heldout_probabilities: ``(V, C)`` of the watched samples; recorded for the leaky column, never chosen by.
+    """
+
+    train_loss: jax.Array
+    inner_loss: jax.Array
+    heldout_loss: jax.Array
+    heldout_probabilities: jax.Array
+
+
+def _optimiser(hyper: Mapping[str, jax.Array], rate: jax.Array | float) -> optax.GradientTransformation:
+    # Built inside the traced function from traced scalars: members with different values share one program.
+    return optax.adamw(learning_rate=rate, weight_decay=hyper["weight_decay"])
+
+
+def learning_rate(recipe: Recipe, peak: jax.Array, step: jax.Array, total_steps: jax.Array) -> jax.Array:
+    """Linear warm-up, then half a cosine to 0.
+
+    Args:
+        recipe: Gives ``warmup_fraction``.
+        peak: Highest learning rate.
+        step: Updates made so far, from 0.
+        total_steps: Updates of the whole run.
+
+    Returns:
+        The learning rate of the next update, a scalar.
+    """
+    warmup = jnp.ceil(recipe.warmup_fraction * total_steps)
+    rising = (step + 1.0) / jnp.maximum(warmup, 1.0)
+    progress = (step - warmup) / jnp.maximum(total_steps - warmup, 1.0)
+    falling = 0.5 * (1.0 + jnp.cos(jnp.pi * jnp.clip(progress, 0.0, 1.0)))
+    return peak * jnp.where(step < warmup, rising, falling)
+
+
+def take_samples(arrays: Arrays, fold: jax.Array, index: jax.Array) -> Mapping:
+    """The model's inputs ``(B, ...)`` of samples ``index`` ``(B,)``, as prepared for held-out fold ``fold``."""
+    return jax.tree.map(lambda x: x[fold if x.shape[0] > 1 else 0, index], arrays.inputs)
+
+
+def init_member(learner: Learner, arrays: Arrays, member: MemberInputs) -> MemberState:
+    """A member before its first step. Written for one member; vmap it."""
+    variables = learner.init(stream(member.key, "init"), take_samples(arrays, member.fold, jnp.zeros(1, jnp.int32)))
+    return MemberState(
+        variables=variables,
+        opt_state=_optimiser(member.hyper, 0.0).init(variables["params"]),
+        step=jnp.int32(0),
+        stopped=jnp.bool_(False),
+        diverged_at=jnp.int32(-1),
+        best_variables=variables,
+        best_loss=jnp.float32(jnp.inf),
+        best_epoch=jnp.int32(0),
+    )
+
+
+def predict_samples(learner: Learner, variables: Mapping, arrays: Arrays, fold: jax.Array, index: jax.Array, batch: int):
+    """Runs a member over samples, a batch at a time so that memory stays bounded.
+
+    Args:
+        learner: The model.
+        variables: Its variables.
+        arrays: The data.
+        fold: int32, the member's held-out fold.
+        index: ``(V,)`` int32.
+        batch: Samples at a time; the last batch is padded, nothing is dropped.
+
+    Returns:
+        Logits ``(V, C)`` and a dict of the attention averaged over queries, encoder to ``(V, T)``.
+    """
+    count = index.shape[0]
+    batch = min(batch, count)
+    padded = jnp.pad(index, (0, -count % batch)).reshape(-1, batch)  # (V,) -> (batches, batch)
+
+    def run(rows):
+        logits, _, extras = learner.apply(
+            variables, take_samples(arrays, fold, rows), jnp.ones(batch, bool), False, None, None
+        )
+        return logits, {name: weights.mean(axis=1) for name, weights in extras.get("attention", {}).items()}
+
+    outputs = jax.lax.map(run, padded)
+    return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:])[:count], outputs)  # (batches, batch, ...) -> (V, ...)
+
+
+def _masked_mean(values: jax.Array, mask: jax.Array) -> jax.Array:
+    """Mean of ``values`` where ``mask``; NaN where it selects nothing."""
+    return jnp.sum(jnp.where(mask, values, 0.0)) / jnp.sum(mask)
+
+
+def train_epoch(
+    learner: Learner, recipe: Recipe, num_steps: int, arrays: Arrays, member: MemberInputs, state: MemberState, epoch
+) -> tuple[MemberState, Watch]:
+    """One epoch of one member, then a look at its inner and held-out samples; vmap it.
+
+    Args:
+        learner: The model.
+        recipe: The recipe.
+        num_steps: Steps a pass, enough for the study's largest training fold; steps beyond a member's own samples
+            change nothing.
+        arrays: The data.
+        member: The member.
+        state: Its state.
+        epoch: int32, from 1.
+
+    Returns:
+        The new state and what was seen.
+    """
+    train_size = jnp.sum(member.train_mask)
+    own_steps = -(-train_size // recipe.batch_size)
+    total_steps = own_steps * recipe.epochs
+    # Ranks of one uniform number a sample: the order depends on the data set and the key alone, not on how many
+    # steps the study's largest fold needs.
+    draw = jax.random.uniform(jax.random.fold_in(stream(member.key, "order"), epoch), member.train_mask.shape)
+    order = jnp.argsort(jnp.where(member.train_mask, draw, 2.0))
+    order = jnp.pad(order, (0, max(0, num_steps * recipe.batch_size - order.shape[0])))
+    weight = (
+        balanced_positive_weight(arrays.labels, member.train_mask) if recipe.balanced else None
+    )
+
+    def step(state: MemberState, number):
+        offset = number * recipe.batch_size
+        index = jax.lax.dynamic_slice(order, (offset,), (recipe.batch_size,))
+        sample_mask = offset + jnp.arange(recipe.batch_size) < train_size
+        inputs, labels = take_samples(arrays, member.fold, index), arrays.labels[index]
+        dropout_key = jax.random.fold_in(stream(member.key, "dropout"), state.step)
+
+        def loss_fn(params):
+            logits, collections, _ = learner.apply(
+                {**state.variables, "params": params}, inputs, sample_mask, True, member.hyper, dropout_key
+            )
+            losses = binary_focal_loss(logits, labels, gamma=recipe.focal_gamma, positive_weight=weight)
+            loss = jnp.sum(losses.mean(axis=-1) * sample_mask) / jnp.maximum(jnp.sum(sample_mask), 1)
+            return loss, collections
+
+        params = state.variables["params"]
+        (loss, collections), gradients = jax.value_and_grad(loss_fn, has_aux=True)(params)
+        rate = learning_rate(recipe, member.hyper["learning_rate"], state.step, total_steps)
+        updates, opt_state = _optimiser(member.hyper, rate).update(gradients, state.opt_state, params)
+        active = jnp.any(sample_mask) & ~state.stopped & (state.diverged_at < 0) & (state.step < total_steps)
+        finite = jnp.isfinite(loss) & jnp.isfinite(optax.global_norm(gradients))
+        update = active & finite
+
+        def keep(new, old):
+            return jax.tree.map(lambda n, o: jnp.where(update, n, o), new, old)
+
+        state = state.replace(
+            variables=keep({**collections, "params": optax.apply_updates(params, updates)}, dict(state.variables)),
+            opt_state=keep(opt_state, state.opt_state),
+            step=state.step + update.astype(jnp.int32),
+            diverged_at=jnp.where(active & ~finite, state.step, state.diverged_at),
+        )
+        count = jnp.where(active, jnp.sum(sample_mask), 0)
+        return state, (jnp.where(active, loss, 0.0) * count, count)
+
+    state, (loss_sums, counts) = jax.lax.scan(step, state, jnp.arange(num_steps))
+
+    logits, _ = predict_samples(learner, state.variables, arrays, member.fold, member.watched, recipe.batch_size)
+    losses = binary_focal_loss(
+        logits, arrays.labels[member.watched], gamma=recipe.focal_gamma, positive_weight=weight
+    ).mean(axis=-1)
+    inner_loss = _masked_mean(losses, member.watched_inner)
+    running = ~state.stopped & (state.diverged_at < 0) & (epoch <= recipe.epochs)
+    better = running & ((inner_loss < state.best_loss) if recipe.patience else True)
+    state = state.replace(
+        best_variables=jax.tree.map(
+            lambda new, old: jnp.where(better, new, old), state.variables, state.best_variables
+        ),
+        best_loss=jnp.where(better, inner_loss, state.best_loss),
+        best_epoch=jnp.where(better, epoch, state.best_epoch),
+    )
+    if recipe.patience:
+        state = state.replace(stopped=state.stopped | (epoch - state.best_epoch >= recipe.patience))
+    watch = Watch(
+        train_loss=jnp.sum(loss_sums) / jnp.sum(counts),
+        inner_loss=inner_loss,
+        heldout_loss=_masked_mean(losses, member.watched_heldout),
+        heldout_probabilities=jax.nn.sigmoid(logits),
+    )
+    return state, watch
+
+
+def finish_member(
+    learner: Learner, batch_size: int, arrays: Arrays, member: MemberInputs, state: MemberState
+) -> dict[str, jax.Array]:
+    """Predictions of a member's selected epoch; vmap it.
+
+    Returns:
+        ``probabilities`` ``(N, C)`` of every sample, NaN for a diverged member; ``attention_<encoder>`` ``(V, T)``
+        of the watched samples, averaged over queries; ``gate`` ``(G,)`` for models that have one.
+    """
+    everything = jnp.arange(arrays.labels.shape[0], dtype=jnp.int32)
+    logits, _ = predict_samples(learner, state.best_variables, arrays, member.fold, everything, batch_size)
+    _, attention = predict_samples(learner, state.best_variables, arrays, member.fold, member.watched, batch_size)
+    _, _, extras = learner.apply(
+        state.best_variables, take_samples(arrays, member.fold, everything[:1]), jnp.ones(1, bool), False, None, None
+    )
+    probabilities = jnp.where(state.diverged_at < 0, jax.nn.sigmoid(logits), jnp.nan)
+    result = {"probabilities": probabilities} | {f"attention_{name}": value for name, value in attention.items()}
+    return result | ({"gate": extras["gate"]} if "gate" in extras else {})
+
+
+class Programs(NamedTuple):
+    """The three compiled functions of a study, each over a block of members (leading axis b).
+
+    Attributes:
+        init: ``(arrays, members) -> states``.
+        epochs: ``(arrays, members, states, epochs (E,)) -> (states, Watch with (b, E, ...))``; donates the states.
+        finish: ``(arrays, members, states) -> dict of (b, ...)``.
+    """
+
+    init: Callable
+    epochs: Callable
+    finish: Callable
+
+
+def make_programs(learner: Learner, recipe: Recipe, num_steps: int) -> Programs:
+    """Jitted vmaps of the functions above. One trace and one program each, whatever the number of members.
+
+    Args:
+        learner: The model.
+        recipe: The recipe.
+        num_steps: Steps an epoch of the study's largest training fold.
+
+    Returns:
+        The programs.
+    """
+
+    def many_epochs(arrays, member, state, epochs):
+        body = functools.partial(train_epoch, learner, recipe, num_steps, arrays, member)
+        return jax.lax.scan(body, state, epochs)
+
+    return Programs(
+        init=jax.jit(jax.vmap(functools.partial(init_member, learner), in_axes=(None, 0))),
+        epochs=jax.jit(jax.vmap(many_epochs, in_axes=(None, 0, 0, None)), donate_argnums=2),
+        finish=jax.jit(
+            jax.vmap(functools.partial(finish_member, learner, recipe.batch_size), in_axes=(None, 0, 0))
+        ),
+    )
+
+
+def stack_members(members: list[MemberInputs]) -> MemberInputs:
+    """Members ``[...]`` to one tree with a leading member axis."""
+    return jax.tree.map(lambda *leaves: jnp.stack(leaves), *members)
+
+
+def member_inputs(
+    key: jax.Array,
+    fold: int,
+    hyper: Mapping[str, float],
+    train: np.ndarray,
+    inner: np.ndarray,
+    heldout: np.ndarray,
+    num_watched: int,
+) -> MemberInputs:
+    """Lays out one member.
+
+    Args:
+        key: Its key.
+        fold: Its held-out fold.
+        hyper: Its hyper-parameters.
+        train: ``(N,)`` bool, samples that give gradients.
+        inner: ``(N,)`` bool, samples of its inner split.
+        heldout: ``(N,)`` bool, held-out samples.
+        num_watched: V, at least the number of inner and held-out samples.
+
+    Returns:
+        The member's fields, held-out samples first in ``watched``.
+    """
+    index = np.concatenate([np.flatnonzero(heldout), np.flatnonzero(inner)])
+    padding = num_watched - len(index)
+    kind = np.concatenate([np.zeros(heldout.sum()), np.ones(inner.sum()), np.full(padding, 2)])
+    return MemberInputs(
+        key=key,
+        fold=jnp.int32(fold),
+        train_mask=jnp.asarray(train),
+        watched=jnp.asarray(np.pad(index, (0, padding)), jnp.int32),
+        watched_inner=jnp.asarray(kind == 1),
+        watched_heldout=jnp.asarray(kind == 0),
+        hyper={name: jnp.float32(value) for name, value in hyper.items()},
+    )
