@@ -90,17 +90,14 @@ class _Scorer:
 
     def replicates(self, decisions: np.ndarray) -> dict[str, tuple[np.ndarray, np.ndarray]]:
         """For pooled and fold_mean: figures of each seed ``(S, K)``, bootstrap means ``(B, K)``."""
-        held, found = self.held, {}
+        held, found, draws = self.held, {}, self.draws
+        if len(decisions) != len(held.seeds):  # an ensemble has no seeds to draw
+            draws = draws._replace(seeds=np.ones((len(draws.clips), len(decisions))))
         everything = np.ones((1, len(held.fold)))
-        seeds = self.draws.seeds if len(decisions) == len(held.seeds) else np.ones((len(self.draws.clips), 1))
-        for name, groups, share in (
-            ("pooled", None, None),
-            ("fold_mean", held.fold, self.draws.fold_share),
-        ):
-            args = (held.truth, decisions, held.mask)
+        args = (held.truth, decisions, held.mask)
+        for name, groups in (("pooled", None), ("fold_mean", held.fold)):
             values = statistics.weighted_scores(*args, everything, _figures, groups)[0]
-            resampled = statistics.weighted_scores(*args, self.draws.clips, _figures, groups, share)
-            found[name] = values, statistics.mean_over_seeds(resampled, seeds)
+            found[name] = values, statistics.hierarchical_replicates(*args, draws, _figures, groups)
         return found
 
     def score(self, values: np.ndarray, replicates: np.ndarray) -> dict[str, Any]:
@@ -111,9 +108,13 @@ class _Scorer:
             "sd": _sd(values),
             "seed_ci": by_seed["percentile"],
             "seed_ci_bca": by_seed["bca"],
-            "clip_ci": statistics.percentile_interval(replicates, self.confidence),
+            "clip_ci": self.clip_interval(replicates, values.mean()),
             "values": values,
         }
+
+    def clip_interval(self, replicates: np.ndarray, estimate: float) -> tuple[float, float]:
+        """The interval of a score from ``(B,)`` replicates."""
+        return statistics.centred_interval(replicates, estimate, self.confidence, bounds=(0.0, 1.0))
 
     def block(self, decisions: np.ndarray) -> tuple[dict[str, Any], dict[str, tuple[np.ndarray, np.ndarray]]]:
         """A Block for decisions ``(S, N, 5)``, and the replicates behind it."""
@@ -133,15 +134,17 @@ class _Scorer:
 
     def inflation(self, leaky: dict, honest: dict) -> dict[str, Any]:
         """How much higher the leaky macro-F1 is, on the same draws."""
-        return {
-            name: {
-                "mean": (leaky[name][0] - honest[name][0])[:, 0].mean(),
-                "clip_ci": statistics.percentile_interval(
-                    (leaky[name][1] - honest[name][1])[:, 0], self.confidence
+        inflation = {}
+        for name in honest:
+            (values, replicates), (reference, reference_replicates) = leaky[name], honest[name]
+            mean = (values - reference)[:, 0].mean()
+            inflation[name] = {
+                "mean": mean,
+                "clip_ci": statistics.centred_interval(
+                    (replicates - reference_replicates)[:, 0], mean, self.confidence
                 ),
             }
-            for name in honest
-        }
+        return inflation
 
 
 def summarise(results: StudyResults, evaluation: Mapping[str, Any] | None = None) -> dict[str, Any]:
@@ -235,7 +238,7 @@ def _ensemble(study: StudyMembers, chosen: list[int], scorer: _Scorer) -> dict[s
         return {
             name: {
                 "value": values[0, index],
-                "clip_ci": statistics.percentile_interval(replicates[:, index], scorer.confidence),
+                "clip_ci": scorer.clip_interval(replicates[:, index], values[0, index]),
             }
             for name, (values, replicates) in found.items()
         }

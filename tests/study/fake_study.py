@@ -26,8 +26,9 @@ def make_results(
 ):
     """A consistent :class:`StudyResults`.
 
-    ``signal`` is the effect size of the labels on the logits, 0 for none; ``hyper`` maps names to the values of a grid,
-    which multiplies the members; ``diverged`` lists (fold, seed); ``single_view`` lists clips without a right view.
+    ``signal`` is the effect size of the labels on the logits, 0 for none; ``hyper`` maps names to the values
+    of a grid, which multiplies the members; ``diverged`` lists (fold, seed); ``single_view`` lists clips
+    without a right view.
     """
     num_train = num_folds * clips_per_fold
     num_clips = num_train + num_test
