@@ -3,7 +3,7 @@
 import csv
 import json
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from html import escape
 from pathlib import Path
 
@@ -24,7 +24,8 @@ from mer_jax.report.tables import (
     leaky_choices,
     score_rows,
 )
-from mer_jax.study.results import StudyResults
+from mer_jax.study.held_out import decide
+from mer_jax.study.results import TEST, UNKNOWN_LABEL, StudyResults
 
 FILENAME = "report.html"
 
@@ -33,8 +34,8 @@ def write_report(workdir: str | os.PathLike) -> Path:
     """Writes ``report.html`` from the files of a finished run.
 
     Only files of the run folder are read: ``summary.json`` and ``predictions.npz``, which must be there, and
-    ``config.json``, ``overrides.json``, ``versions.json`` and ``folds.csv``, whose sections are left out where they are
-    not. The same files give the same bytes.
+    ``config.json``, ``overrides.json``, ``versions.json`` and ``folds.csv``, whose sections are left out where
+    they are not. The same files give the same bytes.
 
     Args:
         workdir: The run folder.
@@ -50,7 +51,8 @@ def write_report(workdir: str | os.PathLike) -> Path:
     summary = _read_json(workdir / "summary.json")
     if summary is None:
         raise UserError(
-            f"{workdir / 'summary.json'}: not found; finish the study first (scripts/train.py --workdir={workdir})"
+            f"{workdir / 'summary.json'}: not found; finish the study first "
+            f"(scripts/train.py --workdir={workdir})"
         )
     page = _Page(
         name=workdir.resolve().name,
@@ -101,7 +103,7 @@ def _flatten(tree, prefix: str = "") -> dict[str, str]:
 
 
 class _Page:
-    """The data of one report and its sections; a section is HTML, or ``''`` where the study has nothing to show."""
+    """The data of one report and its sections, each of them HTML, empty where a study has nothing to show."""
 
     def __init__(self, name, results: StudyResults, summary, config, overrides, versions, no_face):
         self.name, self.results, self.summary = name, results, summary
@@ -111,7 +113,7 @@ class _Page:
         self.used = self._members_used()
 
     def _members_used(self) -> np.ndarray:
-        """``(M,)`` bool: members that finished, with the hyper-parameters that their fold's score stands for."""
+        """``(M,)`` bool: members that finished, of the hyper-parameters that their fold was given."""
         used = self.results.ok.copy()
         settings = self.summary["settings"]
         if len(settings) < 2:
@@ -130,65 +132,60 @@ class _Page:
             ("scores", "Scores", self.scores),
             ("seeds", "Scores over seeds", self.seeds),
             ("classes", "Classes", self.classes),
-            ("confusion", "Confusion", self.confusion),
+            ("confusion", "Confusion per label", self.confusion),
             ("leaks", "What leaking would claim", self.leaks),
             ("thresholds", "Thresholds", self.thresholds),
             ("curves", "Learning curves", self.curves),
             ("variance", "Where the variance comes from", self.variance),
             ("width", "Seeds needed", self.width),
-            ("gate", "Gate", self.gate),
-            ("attention", "Attention", self.attention),
+            ("gate", "Gate weights", self.gate),
+            ("attention", "Frame attention", self.attention),
             ("settings", "Hyper-parameters tried", self.settings),
             ("predictions", "Predictions per clip", self.predictions),
-            ("data", "Members and clips", self.members),
-            ("config", "Configuration", self.configuration),
+            ("members", "Members and clips", self.members),
+            ("config", "Configuration and versions", self.configuration),
         ]
-        built = {key: (title, body()) for key, title, body in sections}
-        built = {key: (title, body) for key, (title, body) in built.items() if body}
-        links = "".join(f'<a href="#{key}">{escape(title)}</a>' for key, (title, _) in built.items())
-        parts, open_pair = [], False
-        for key, (title, body) in built.items():
-            pair = key in ("variance", "width", "gate")
-            if pair != open_pair:
-                parts.append('<div class="pair">' if pair else "</div>")
-                open_pair = pair
-            parts.append(f'<section id="{key}"><h2>{escape(title)}</h2>{body}</section>')
+        built = [(key, title, body) for key, title, make in sections if (body := make())]
+        links = " ".join(f'<a href="#{key}">{escape(title)}</a>' for key, title, _ in built)
+        html = {
+            key: f'<section id="{key}"><h2>{escape(title)}</h2>{body}</section>' for key, title, body in built
+        }
+        # These two figures are narrow and belong together.
+        html["variance"] = f'<div class="pair">{html["variance"]}{html.pop("width")}</div>'
         return (
             '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">'
             '<meta name="viewport" content="width=device-width,initial-scale=1">'
             f"<title>{escape(self.name)} – study report</title><style>{STYLE}</style></head><body><main>"
-            f'{self.head()}<nav aria-label="Sections">{links}</nav>{"".join(parts)}</main></body></html>\n'
+            f'{self.head()}<nav aria-label="Sections">{links}</nav>{"".join(html.values())}'
+            "</main></body></html>\n"
         )
 
     def head(self) -> str:
         """Title, banner, the answer in one sentence, and the study's size."""
         study, score = self.summary["study"], self.summary["honest"]["macro_f1"]["pooled"]
         chance = self.summary["chance"]["macro_f1"]["pooled"]
+        intervals = f"{self.level} CI {format_interval(score['clip_ci'])} over clips and seeds"
         if score["seed_ci"]:
-            intervals = (
-                f"{self.level} CI {format_interval(score['clip_ci'])} for new clips and seeds, "
-                f"{format_interval(score['seed_ci'])} for new seeds on these clips"
-            )
+            intervals += f", {format_interval(score['seed_ci'])} over seeds alone"
         else:
-            intervals = f"{self.level} CI {format_interval(score['clip_ci'])} for new clips; one seed tells nothing about seeds"
+            intervals = intervals.replace("clips and seeds", "clips, with one seed")
         answer = (
-            f"On clips that its members never saw, this study reaches a macro-F1 of <b>{format_number(score['mean'])}</b> "
-            f"({intervals}). Chance is {format_number(chance['mean'])} {format_interval(chance['interval'])}; "
-            f"choosing {leaky_choices(self.summary)} on the held-out clips would have claimed "
+            "On clips that its members never saw, this study reaches a macro-F1 of "
+            f"<b>{format_number(score['mean'])}</b> ({intervals}), where chance is "
+            f"{format_number(chance['mean'])} {format_interval(chance['interval'])} and choosing "
+            f"{leaky_choices(self.summary)} on those very clips would have claimed "
             f"{format_number(leaky_block(self.summary)['macro_f1']['pooled']['mean'])}."
         )
         facts = {
             "clips scored": study["clips"],
-            "subjects": study["subjects"] if study["subjects"] is not None else "unknown",
+            "subjects": "unknown" if study["subjects"] is None else study["subjects"],
             "folds": len(study["folds"]),
-            "seeds": len(study["seeds"]),
+            "seeds scored": len(study["seeds"]),
             "members": study["members"],
             "diverged": len(study["diverged"]),
             "test clips": study["test_clips"],
         }
-        cells = "".join(
-            f"<div><dt>{name}</dt><dd>{escape(str(value))}</dd></div>" for name, value in facts.items()
-        )
+        cells = "".join(f"<div><dt>{name}</dt><dd>{value}</dd></div>" for name, value in facts.items())
         return (
             f'{self.banner()}<p class="eyebrow">Micro-expression study</p><h1>{escape(self.name)}</h1>'
             f'<p class="answer">{answer}</p><dl class="facts">{cells}</dl>'
@@ -196,49 +193,48 @@ class _Page:
 
     def banner(self) -> str:
         """A warning where the clips are the rendered demo."""
-        values = {name: text for name, text in _flatten(self.config).items() if "data" in name}
-        if not any(text == "demo" or text.endswith("/demo") for text in values.values()):
+        values = [text for name, text in _flatten(self.config).items() if "data" in name]
+        if not any(text == "demo" or text.endswith("/demo") for text in values):
             return ""
         return (
-            '<p class="banner" role="note"><strong>Demo data.</strong> These clips are rendered from one public-domain '
-            "photograph. Numbers on the demo show that the machinery works. They are not a benchmark and say nothing "
-            "about real faces.</p>"
+            '<p class="banner" role="note"><strong>Demo data.</strong> These clips are rendered from one '
+            "public-domain photograph. Numbers on the demo show that the machinery works. They are not a "
+            "benchmark and say nothing about real faces.</p>"
         )
 
     def scores(self) -> str:
         """The table, with the leaky column marked as such."""
-        head = (
-            '<thead><tr><th scope="col">measure</th><th scope="col">honest<br>mean ± sd over seeds</th>'
-            f'<th scope="col">{self.level} CI<br>over seeds</th><th scope="col">{self.level} CI<br>over clips and seeds'
-            '</th><th scope="col">threshold 0.5<br>untuned</th><th scope="col" class="leaky">leaky<br>not an estimate'
-            "</th></tr></thead>"
-        )
-        body, group = [], ""
+        columns = [
+            "measure",
+            "honest<br>mean ± sd over seeds",
+            f"{self.level} CI<br>over seeds",
+            f"{self.level} CI<br>over clips and seeds",
+            "threshold 0.5<br>untuned",
+            "leaky<br>not an estimate",
+        ]
+        rows, group = [], ""
         for row in score_rows(self.summary):
             if row.group != group:
                 group = row.group
-                body.append(f'<tr class="group"><th scope="rowgroup" colspan="6">{escape(group)}</th></tr>')
+                rows.append(f'<tr class="group"><th scope="rowgroup" colspan="6">{escape(group)}</th></tr>')
             cells = (
+                escape(row.name),
                 format_mean(row.mean, row.sd),
                 format_interval(row.seed_interval),
                 format_interval(row.clip_interval),
                 format_number(row.untuned),
+                format_number(row.leaky),
             )
-            body.append(
-                f'<tr{" class=key" if row.key else ""}><th scope="row">{escape(row.name)}</th>'
-                + "".join(f"<td>{cell}</td>" for cell in cells)
-                + f'<td class="leaky">{format_number(row.leaky)}</td></tr>'
-            )
-        definitions = self.summary["definitions"]
+            rows.append(_row(cells, leaky=(5,), css="key" if row.key else ""))
         terms = "".join(
-            f"<div><dt>{escape(name)}</dt><dd>{escape(text)}</dd></div>" for name, text in definitions.items()
+            f"<dt>{escape(name.replace('_', ' '))}</dt><dd>{escape(text)}</dd>"
+            for name, text in self.summary["definitions"].items()
         )
-        notes = "".join(f"<p class=note>{escape(note)}</p>" for note in self.summary["notes"])
+        notes = "".join(f'<p class="note">{escape(note)}</p>' for note in self.summary["notes"])
         return (
             "<p>Each score is on clips held out from the members that predict them. Thresholds are "
-            f"{self._threshold_words()}.</p>"
-            f'<div class="scroll"><table>{head}<tbody>{"".join(body)}</tbody></table></div>'
-            f'<p class="note" style="margin-top:12px"><b>Leaky:</b> {LEAKY_EXPLANATION}</p>{notes}'
+            f"{self._threshold_words()}.</p>{_table(columns, rows, leaky=(5,))}"
+            f'<p class="note first"><b>Leaky:</b> {LEAKY_EXPLANATION}</p>{notes}'
             f'<details><summary>What each name means</summary><dl class="terms">{terms}</dl></details>'
         )
 
@@ -247,159 +243,148 @@ class _Page:
         evaluation = self.summary["evaluation"]
         if evaluation["thresholds"] == "fixed":
             return f"fixed at {escape(json.dumps(evaluation['fixed_threshold']))}"
-        return {
-            "global": "one for all classes, tuned on training clips that did not train the member",
-            "per_class": "one per class, tuned on training clips that did not train the member",
-        }[evaluation["thresholds"]]
+        what = "one for all classes" if evaluation["thresholds"] == "global" else "one per class"
+        return f"{what}, tuned on training clips that did not train the member"
 
     def seeds(self) -> str:
         """The distribution of the score over seeds, pooled and per fold."""
         seeds = self.summary["study"]["seeds"]
         honest, leaky = (block["macro_f1"] for block in (self.summary["honest"], leaky_block(self.summary)))
         rows = [
-            (name, np.array(honest[key]["values"], float), np.array(leaky[key]["values"], float), seeds)
+            (name, _floats(honest[key]["values"]), _floats(leaky[key]["values"]), seeds)
             for name, key in (("pooled", "pooled"), ("mean of folds", "fold_mean"))
         ]
         rows += [
-            (
-                f"fold {fold['fold']} ({fold['clips']} clips)",
-                np.array(fold["macro_f1"], float),
-                np.zeros(0),
-                fold["seeds"],
-            )
+            (f"fold {fold['fold']} ({fold['clips']} clips)", _floats(fold["macro_f1"]), [], fold["seeds"])
             for fold in self.summary["folds"]
         ]
-        figure = plots.score_strips(
-            rows, score_name="macro-F1", chance=self.summary["chance"]["macro_f1"]["pooled"]["mean"]
-        )
-        one = (
-            "<p>There is a single seed, so nothing here shows how much a seed matters.</p>"
-            if len(seeds) == 1
-            else ""
-        )
+        chance = self.summary["chance"]["macro_f1"]["pooled"]["mean"]
+        one = "" if len(seeds) > 1 else "<p>There is one seed: how much a seed matters stays unknown.</p>"
         return one + _figure(
-            figure,
-            "One dot per seed. The two upper rows score all folds of a seed together; below them, each fold on its own "
-            "clips. The dashed line is the pooled score with permuted labels.",
+            plots.score_strips(rows, score_name="macro-F1", chance=chance),
+            "One dot per seed. The two upper rows put all folds of a seed together; below them, each fold on "
+            "its own clips. The dashed line is the pooled score with permuted labels.",
         )
 
     def classes(self) -> str:
         """Bars per class."""
 
-        def means(block):
-            return _floats(block["per_class_f1"][label]["pooled"]["mean"] for label in self.labels)
+        def f1(block, key):
+            return [block["per_class_f1"][label]["pooled"][key] for label in self.labels]
 
-        study = self.summary["study"]
-        positives = np.array([study["positives"][label] for label in self.labels], float)
+        honest = self.summary["honest"]
+        tp, fp, fn, tn = self._counts()
         figure = plots.class_bars(
-            [f"{label} ({count:.0f})" for label, count in zip(self.labels, positives, strict=True)],
-            means(self.summary["honest"]),
-            np.stack(
-                [
-                    _floats(
-                        self.summary["honest"]["per_class_f1"][label]["pooled"]["clip_ci"] or (None, None)
-                    )
-                    for label in self.labels
-                ]
-            ),
+            [f"{label} ({count:.0f})" for label, count in zip(self.labels, tp + fn, strict=True)],
+            _floats(f1(honest, "mean")),
+            np.stack([_floats(interval) for interval in f1(honest, "clip_ci")]),
             score_name="F1 of “present”",
-            untuned=means(self.summary["untuned"]),
-            leaky=means(leaky_block(self.summary)),
-            # F1 of the decider that always says "present": precision is the prevalence, recall is one.
-            reference=2 * positives / (study["clips"] + positives),
+            untuned=_floats(f1(self.summary["untuned"], "mean")),
+            leaky=_floats(f1(leaky_block(self.summary), "mean")),
+            # Who always says "present" has the prevalence as precision, and a recall of one.
+            reference=2 * (tp + fn) / (tp + fn + tp + fp + fn + tn),
         )
         return _figure(
             figure,
-            f"F1 per class over all held-out clips, mean over seeds, with the {self.level} CI over clips and seeds. In "
-            "brackets: clips that have the label. “Always present” is what claiming the label for every clip scores.",
+            f"F1 per class over all held-out clips, mean over seeds, with the {self.level} CI over clips and "
+            "seeds. In brackets: clips with the label. “Always present” claims the label for every clip.",
         )
+
+    def _counts(self) -> np.ndarray:
+        """``(4, C)`` true and false positives, false and true negatives: clips, mean over seeds."""
+        cells = self.summary["honest"]["confusion"]
+        return np.array([[cells[label][key] for label in self.labels] for key in ("tp", "fp", "fn", "tn")])
 
     def confusion(self) -> str:
         """Counts per label."""
-        cells = self.summary["honest"]["confusion"]
-        counts = np.array(
-            [[cells[label][key] for label in self.labels] for key in ("tp", "fp", "fn", "tn")], float
-        )
         return _figure(
-            plots.confusions(self.labels, counts),
-            "Held-out clips per cell, mean over seeds; the columns are what was predicted. Shade and percentage are the "
-            "share of the row, blue where the decision is right.",
+            plots.confusions(self.labels, self._counts()),
+            "Held-out clips per cell, mean over seeds; the columns are what was predicted. Shade and "
+            "percentage are the share of the row, blue where the decision is right.",
         )
 
     def leaks(self) -> str:
         """The leaky protocols, one row each."""
-        leaky = self.summary["leaky"]
         names = {
             "best_epoch": "best epoch on the held-out fold",
-            "best_epoch_untuned": "the same at threshold 0.5",
+            "best_epoch_untuned": "the same at threshold 0.5 (minus untuned)",
             "heldout_thresholds": "thresholds tuned on the held-out fold",
             "both": "epoch and thresholds",
         }
-        rows = "".join(
-            f'<tr><th scope="row">{words}</th>'
-            + "".join(
-                f'<td class="leaky">{format_number(leaky[key]["macro_f1"][average]["mean"])}</td>'
-                f"<td>{format_signed(leaky[key]['inflation'][average]['mean'])} "
-                f"{format_interval(leaky[key]['inflation'][average]['clip_ci'])}</td>"
-                for average in ("pooled", "fold_mean")
-            )
-            + "</tr>"
-            for key, words in names.items()
-            if leaky[key]
-        )
+        rows = []
+        for key, words in names.items():
+            if leak := self.summary["leaky"][key]:
+                cells = [words]
+                for average in ("pooled", "fold_mean"):
+                    difference = leak["inflation"][average]
+                    cells.append(format_number(leak["macro_f1"][average]["mean"]))
+                    cells.append(
+                        f"{format_signed(difference['mean'])} {format_interval(difference['clip_ci'])}"
+                    )
+                rows.append(_row(cells, leaky=(1, 3)))
+        columns = ["chosen on the clips that are scored"]
+        for average in ("pooled", "mean of folds"):
+            columns += [f"macro-F1<br>{average}", f"minus honest<br>{self.level} CI"]
         missing = (
             ""
-            if leaky["both"]
-            else "<p>No predictions per epoch were kept, so the best epoch is not known.</p>"
+            if self.summary["leaky"]["both"]
+            else "<p>The best epoch is not known: no curves were kept.</p>"
         )
         return (
-            "<p>The same members, judged as papers often do. The difference to the honest score is not skill.</p>"
-            '<div class="scroll"><table><thead><tr><th scope="col">chosen on the clips that are scored</th>'
-            '<th scope="col" class="leaky">macro-F1<br>pooled</th>'
-            f'<th scope="col">minus honest<br>{self.level} CI</th>'
-            '<th scope="col" class="leaky">macro-F1<br>mean of folds</th>'
-            f'<th scope="col">minus honest<br>{self.level} CI</th></tr></thead><tbody>{rows}</tbody></table></div>{missing}'
+            "<p>The same members, judged as papers often do. The difference to the honest score is no skill.</p>"
+            f"{_table(columns, rows, leaky=(1, 3))}{missing}"
         )
 
     def thresholds(self) -> str:
-        """Score over one global threshold, and the thresholds that were used."""
+        """Score over one global threshold, over one per class, and the thresholds in use."""
         curve = self.summary["threshold_curve"]
-        curves = []
+        x = _floats(curve["threshold"])
+        inner, leaky = "inner splits: the study may choose here", "held-out clips: leaky to choose here"
+        curves = [(leaky, "orange", _floats(curve["heldout_leaky"]))]
+        panels = [(leaky, "orange", self._per_class(curve["per_class_heldout_leaky"]))]
         if curve["inner"] is not None:
-            curves.append(("inner splits: where the study chooses", "blue", _floats(curve["inner"]), None))
-        curves.append(
-            ("held-out clips: leaky to choose here", "orange", _floats(curve["heldout_leaky"]), None)
-        )
-        figure = plots.curves_with_marks(
-            _floats(curve["threshold"]),
-            curves,
-            x_name="one threshold for all classes (probability)",
-            y_name="macro-F1",
-            marks=[("0.5", "ink", 0.5)],
-            label="Macro-F1 over the threshold",
-        )
-        head = "".join(f'<th scope="col">{escape(label)}</th>' for label in self.labels)
-        rows = "".join(
-            f'<tr><th scope="row">fold {fold["fold"]}</th>'
-            + "".join(f"<td>{format_number(value)}</td>" for value in fold["thresholds"])
-            + f"<td>{fold['inner_clips']}</td></tr>"
+            curves.insert(0, (inner, "blue", _floats(curve["inner"])))
+            panels.insert(0, (inner, "blue", self._per_class(curve["per_class_inner"])))
+        used = np.array([fold["thresholds"] for fold in self.summary["folds"]], float)  # (F, C)
+        rows = [
+            _row([f"fold {fold['fold']}", *map(format_number, fold["thresholds"]), str(fold["inner_clips"])])
             for fold in self.summary["folds"]
-        )
-        words = (
-            ""
-            if curve["inner"] is not None
-            else "<p>The study has no inner split, so no threshold was tuned.</p>"
-        )
+        ]
+        none = "" if curve["inner"] is not None else "<p>There is no inner split to tune a threshold on.</p>"
         return (
-            words
+            none
             + _figure(
-                figure,
-                "All folds and seeds together. A study may look at the blue curve, never at the other.",
+                plots.curves(
+                    x,
+                    curves,
+                    x_name="one threshold for all classes (probability)",
+                    y_name="macro-F1",
+                    marks=[("0.5", "ink", 0.5)],
+                    label="Macro-F1 over the threshold",
+                ),
+                "All folds and seeds together. A study may look at the blue curve, never at the orange one.",
             )
-            + f"<details><summary>Thresholds in use, {self._threshold_words()}</summary>"
-            f'<div class="scroll"><table><thead><tr><th scope="col">held out</th>{head}<th scope="col">inner clips</th></tr>'
-            f"</thead><tbody>{rows}</tbody></table></div></details>"
+            + _figure(
+                plots.class_panels(
+                    self.labels,
+                    x,
+                    panels,
+                    x_name="threshold",
+                    x_ticks=np.array([0, 0.5, 1]),
+                    label="F1 over the threshold",
+                    marks=used,
+                ),
+                "F1 of each class over its own threshold. Triangles: the thresholds in use, one per fold, "
+                f"{self._threshold_words()}.",
+            )
+            + "<details><summary>Thresholds in use</summary>"
+            + _table(["held out", *map(escape, self.labels), "inner clips"], rows)
+            + "</details>"
         )
+
+    def _per_class(self, curves: Mapping) -> np.ndarray:
+        """``(C, 1, X)`` from one list per label."""
+        return np.stack([_floats(curves[label]) for label in self.labels])[:, None]
 
     def curves(self) -> str:
         """Losses over epochs."""
@@ -410,18 +395,14 @@ class _Page:
             "held out": results.curve_heldout_loss[used],
         }
         losses = {name: values for name, values in losses.items() if np.isfinite(values).any()}
-        if not losses or not results.curve_epoch.size:
-            return ""
-        figure = plots.learning_curves(results.curve_epoch, losses, results.member_stop_epoch[used])
-        members = int(used.sum())
-        absent = (
-            "" if "inner split" in losses else " There is no inner split, so training ran to its last epoch."
-        )
+        if not losses:
+            return "<p>No losses were kept.</p>"
+        count = f"{used.sum()} members" if used.sum() > 1 else "one member"
         return _figure(
-            figure,
-            f"Median and 5–95 % band over {members} member{'s' * (members != 1)}. Below: the epoch that the inner split "
-            "chose, median and 5–95 %. The held-out curve is drawn after the fact and chooses nothing."
-            + absent,
+            plots.learning_curves(results.curve_epoch, losses, results.member_stop_epoch[used]),
+            f"Median and 5–95 % band over {count}. Below: the epoch whose parameters were kept, median and "
+            "5–95 %. The held-out curve is drawn after the fact and chooses nothing."
+            + ("" if "inner split" in losses else " There is no inner split to stop on."),
         )
 
     def variance(self) -> str:
@@ -429,99 +410,96 @@ class _Page:
         split = self.summary["variance"]
         if split is None:
             return "<p>A split into fold, seed and rest needs at least two folds and two seeds.</p>"
-        colours = {"fold": "blue", "seed": "orange", "rest": "grey"}
-        parts = [
-            (
-                name,
-                colour,
-                split[name]["share"] or 0.0,
-                f"sd {format_number(split[name]['sd'])}"
-                + (" (estimate below 0)" if split[name]["truncated"] else ""),
-            )
-            for name, colour in colours.items()
-        ]
+        parts = []
+        for name, colour in (("fold", "blue"), ("seed", "orange"), ("rest", "grey")):
+            words = f"sd {format_number(split[name]['sd'])}"
+            words += " (estimated below zero)" if split[name]["truncated"] else ""
+            parts.append((name, colour, split[name]["share"] or 0.0, words))
         within = split["seed_sd_within_fold"]
         return _figure(
-            plots.share_bar(parts, "Variance of macro-F1 per fold and seed"),
-            "Two-way random effects on the macro-F1 of each fold and seed. Fold: which clips are held out. Seed: the same "
-            "seed on all folds. Rest: a seed's luck within one fold, and noise."
+            plots.share_bar(parts, "Variance of macro-F1 over folds and seeds"),
+            "Two-way random effects on the macro-F1 of each fold and seed. Fold: which clips are held out. "
+            "Seed: what a seed does to all folds alike. Rest: its luck within one fold."
             + ("" if within is None else f" Within a fold, seeds scatter by sd {format_number(within)}."),
         )
 
     def width(self) -> str:
         """Seeds that an interval of a given width needs."""
-        score, seeds = self.summary["honest"]["macro_f1"]["pooled"], len(self.summary["study"]["seeds"])
-        targets = [
-            (t["seeds"], t["half_width"]) for t in self.summary["seeds_needed"] if t["seeds"] is not None
-        ]
-        if score["sd"] is None or not targets:
-            return "<p>Needs at least two seeds, to know by how much seeds scatter.</p>"
-        figure = plots.width_curve(
-            score["sd"],
-            seeds,
-            targets,
-            confidence=self.summary["evaluation"]["confidence"],
-            score_name="macro-F1",
-        )
+        sd, seeds = self.summary["honest"]["macro_f1"]["pooled"]["sd"], len(self.summary["study"]["seeds"])
+        needed = self.summary["seeds_needed"]
+        targets = [(target["seeds"], target["half_width"]) for target in needed if target["seeds"]]
+        if not sd or not targets:
+            return "<p>Known only where at least two seeds differ.</p>"
+        confidence = self.summary["evaluation"]["confidence"]
         return _figure(
-            figure,
-            f"Half-width of the {self.level} t interval of the pooled mean, on these clips. More seeds do not narrow the "
-            "interval over clips.",
+            plots.width_curve(sd, seeds, targets, confidence=confidence, score_name="macro-F1"),
+            f"Half-width of the {self.level} t interval of the pooled mean, on these clips. More seeds do "
+            "not narrow the interval over clips.",
         )
 
     def gate(self) -> str:
         """The gate's weights over members."""
         results = self.results
-        names = [str(name) for name in results.gate_name]
-        weights = np.asarray(results.gate, float)[self.used]
+        names = results.gate_name.tolist()
+        weights = results.gate[self.used].astype(float)
         if not names or not np.isfinite(weights).any():
             return ""
-        ids, folds = results.member_id[self.used].tolist(), results.member_fold[self.used]
+        members, folds = results.member_id[self.used], results.member_fold[self.used]
         if len(names) == 2:
-            groups = [(f"fold {fold}", folds == fold, 0) for fold in np.unique(folds)]
+            # The second weight is one minus the first, so one scale shows both.
+            rows = [
+                (f"fold {f}", weights[folds == f, 0], members[folds == f].tolist()) for f in np.unique(folds)
+            ]
             axis, ends = f"weight of {names[0]}", (f"all {names[1]}", f"all {names[0]}")
         else:
-            groups = [(name, np.ones(len(folds), bool), index) for index, name in enumerate(names)]
+            rows = [(name, weights[:, index], members.tolist()) for index, name in enumerate(names)]
             axis, ends = "weight", ("none", "all")
-        rows = [
-            (name, weights[mine, column], [ids[index] for index in np.flatnonzero(mine)])
-            for name, mine, column in groups
-        ]
-        reference = 1 / len(names)
-        overall = ", ".join(
-            f"{escape(name)} {format_number(float(np.nanmean(column)), 2)}"
-            for name, column in zip(names, weights.T, strict=True)
+        means = ", ".join(
+            f"{escape(name)} {format_number(mean, 2)}"
+            for name, mean in zip(names, np.nanmean(weights, axis=0), strict=True)
         )
         return _figure(
-            plots.gate_strips(rows, axis=axis, ends=ends, even=reference),
-            f"One dot per member. Mean weights: {overall}. The dashed line weighs all modalities alike.",
+            plots.gate_strips(rows, axis=axis, ends=ends, even=1 / len(names)),
+            f"One dot per member. Mean weights: {means}. The dashed line weighs all modalities alike.",
         )
 
     def attention(self) -> str:
         """Attention over frames per class and modality."""
-        per_class = {
-            name: self._attention_per_class(values) for name, values in self.results.attention.items()
-        }
-        per_class = {name: values for name, values in per_class.items() if np.isfinite(values).any()}
-        if not per_class:
+        series, frames = [], 0
+        for (name, values), colour in zip(
+            self.results.attention.items(), ("green", "purple", "grey"), strict=False
+        ):
+            per_class = self._attention_per_class(values)
+            if np.isfinite(per_class).any():
+                series.append((name, colour, np.moveaxis(plots.quantiles(per_class), 0, 1)))  # (C, 3, T)
+                frames = per_class.shape[-1]
+        if not series:
             return ""
+        figure = plots.class_panels(
+            self.labels,
+            np.arange(1, frames + 1),
+            series,
+            x_name="frame",
+            x_ticks=np.unique(np.round(np.linspace(1, max(frames, 2), 4))),
+            label="Attention over frame positions",
+            reference=(f"even attention, 1/{frames}", 1 / frames),
+        )
         return _figure(
-            plots.attention_panels(self.labels, per_class),
-            "Mean attention, over queries, on each frame of the held-out clips that have the label. Median and 5–95 % band "
-            "over members. The dashed line is attention that does not care.",
+            figure,
+            "Share of attention on each frame position (after resampling), mean over queries and over the "
+            "held-out clips that have the label. Median and 5–95 % band over members.",
         )
 
     def _attention_per_class(self, attention: np.ndarray) -> np.ndarray:
-        """Mean over the held-out samples that have the label: ``(M, V, T)`` -> ``(M', C, T)``, NaN where none has."""
+        """Mean over held-out samples with the label: ``(M, V, T)`` -> ``(M', C, T)``, NaN where none has it."""
         results = self.results
         rows = results.curve_sample[self.used]  # (M', V)
-        attention = np.asarray(attention, float)[self.used]  # (M', V, T)
+        attention = attention[self.used].astype(float)  # (M', V, T)
         present = results.clip_labels[results.sample_clip[rows.clip(0)]] == 1  # (M', V, C)
         known = (rows >= 0) & np.isfinite(attention).all(axis=-1)  # (M', V)
         weight = (present & known[..., None]).astype(float)  # (M', V, C)
         total = np.einsum("mvc,mvt->mct", weight, np.where(known[..., None], attention, 0.0))
-        count = weight.sum(axis=1)[..., None]  # (M', C, 1)
-        return np.where(count > 0, total / np.maximum(count, 1), np.nan)
+        return _mean_or_nan(total, weight.sum(axis=1)[..., None])
 
     def settings(self) -> str:
         """Each hyper-parameter setting, where there are several."""
@@ -529,50 +507,43 @@ class _Page:
         if len(settings) < 2:
             return ""
         names = list(settings[0]["hyper"])
-        head = "".join(f'<th scope="col">{escape(name)}</th>' for name in names)
-        rows = "".join(
-            "<tr>"
-            + "".join(f"<td>{setting['hyper'][name]:g}</td>" for name in names)
-            + f"<td>{setting['members']}</td>"
-            f"<td>{', '.join(format_number(loss) for loss in setting['inner_loss'] or [])}</td>"
-            f"<td>{format_number(setting['macro_f1']['pooled'])}</td>"
-            f"<td>{', '.join(str(fold) for fold in setting['chosen_for_folds']) or '–'}</td></tr>"
+        rows = [
+            _row(
+                [
+                    ", ".join(f"{escape(name)} {setting['hyper'][name]:g}" for name in names),
+                    str(setting["members"]),
+                    ", ".join(map(format_number, setting["inner_loss"] or [])) or "–",
+                    format_number(setting["macro_f1"]["pooled"]),
+                    ", ".join(map(str, setting["chosen_for_folds"])) or "–",
+                ]
+            )
             for setting in settings
-        )
+        ]
         return (
-            "<p>Each fold uses the setting of least inner loss. The macro-F1 beside it is for readers; it chooses nothing."
-            f'</p><div class="scroll"><table><thead><tr>{head}<th scope="col">members</th>'
-            '<th scope="col">inner loss per fold</th><th scope="col">macro-F1, pooled</th>'
-            f'<th scope="col">chosen for folds</th></tr></thead><tbody>{rows}</tbody></table></div>'
+            "<p>Each fold uses the setting of least inner loss. The macro-F1 beside it chooses nothing.</p>"
+            + _table(
+                ["setting", "members", "inner loss per fold", "macro-F1, pooled", "used for folds"], rows
+            )
         )
 
     def predictions(self) -> str:
         """Mean probability of each class for each clip, beside the truth."""
-        probabilities = self._clip_probabilities()
         results = self.results
-        thresholds = {fold["fold"]: _floats(fold["thresholds"]) for fold in self.summary["folds"]}
-        groups = (
-            ("held-out clips", np.flatnonzero(results.scored)),
-            ("test clips", np.flatnonzero(results.clip_split == "test")),
-        )
+        probabilities = self._clip_probabilities()
+        columns = ["clip", "subject", "fold", *map(escape, self.labels)]
         parts = []
-        for title, clips in groups:
-            clips = [clip for clip in clips if np.isfinite(probabilities[clip]).all()]
-            if not clips:
-                continue
-            clips.sort(
-                key=lambda clip: (results.clip_fold[clip], results.clip_id[clip], results.clip_name[clip])
-            )
-            head = "".join(f'<th scope="col">{escape(label)}</th>' for label in self.labels)
-            rows = "".join(self._clip_row(clip, probabilities[clip], thresholds) for clip in clips)
-            parts.append(
-                f"<details><summary>{len(clips)} {title}</summary>"
-                '<div class="scroll"><table class="clips"><thead><tr><th scope="col">clip</th><th scope="col">subject</th>'
-                f'<th scope="col">fold</th>{head}</tr></thead><tbody>{rows}</tbody></table></div></details>'
-            )
+        for title, wanted in (("held-out clips", results.scored), ("test clips", results.clip_split == TEST)):
+            clips = np.flatnonzero(wanted & np.isfinite(probabilities).all(axis=1))
+            if len(clips):
+                order = np.lexsort(
+                    [results.clip_name[clips], results.clip_id[clips], results.clip_fold[clips]]
+                )
+                rows = [self._clip_row(clip, probabilities[clip]) for clip in clips[order]]
+                table = _table(columns, rows, css="clips")
+                parts.append(f"<details><summary>{len(clips)} {title}</summary>{table}</details>")
         return (
-            "<p>Mean probability over members that held the clip out (for test clips: over all members). <b>✓</b> marks a "
-            "label that the clip has; an orange bar is a decision, at the fold's threshold, that is wrong.</p>"
+            "<p>Mean probability over the members that hold the clip out; for test clips, over all members. A "
+            "tick marks a label that the clip has. An orange bar is a wrong decision at the fold's thresholds.</p>"
             + "".join(parts)
         )
 
@@ -580,84 +551,113 @@ class _Page:
         """``(C, 5)`` mean over the members that may judge a clip, NaN where none may."""
         results, used = self.results, self.used
         views = self.summary["evaluation"]["views"]
-        clips = combine_views(results.probabilities[used], results.sample_clip, len(results.clip_name), views)
-        fold = results.clip_fold[None, :]  # (1, C)
-        judge = (results.member_fold[used][:, None] == fold) | (results.clip_split == "test")[
-            None, :
-        ]  # (M', C)
-        total = np.einsum("mc,mcl->cl", judge.astype(float), np.asarray(clips, float))
-        count = judge.sum(axis=0)[:, None]  # (C, 1)
-        return np.where(count > 0, total / np.maximum(count, 1), np.nan)
+        clips = combine_views(
+            results.probabilities[used], results.sample_clip, len(results.clip_name), views
+        )  # (M', C, 5)
+        held_out = results.member_fold[used][:, None] == results.clip_fold  # (M', C)
+        judge = (held_out | (results.clip_split == TEST)).astype(float)
+        return _mean_or_nan(np.einsum("mc,mcl->cl", judge, clips.astype(float)), judge.sum(axis=0)[:, None])
 
-    def _clip_row(self, clip: int, probabilities: np.ndarray, thresholds) -> str:
-        results = self.results
+    def _clip_row(self, clip: int, probabilities: np.ndarray) -> str:
+        results, evaluation = self.results, self.summary["evaluation"]
         fold, truth = int(results.clip_fold[clip]), results.clip_labels[clip]
-        cells = []
-        for index, probability in enumerate(probabilities):
-            known = truth[index] >= 0 and fold in thresholds
-            wrong = known and (probability >= thresholds[fold][index]) != (truth[index] == 1)
-            css = "p" + " miss" * bool(wrong) + " true" * bool(truth[index] == 1)
-            mark = "✓ " if truth[index] == 1 else ""
-            cells.append(f'<td class="{css}" style="--p:{probability:.2f}">{mark}{probability:.2f}</td>')
+        wrong = np.zeros(len(truth), bool)
+        thresholds = [entry["thresholds"] for entry in self.summary["folds"] if entry["fold"] == fold]
+        if thresholds:
+            wrong = (decide(probabilities, thresholds[0], evaluation) != (truth == 1)) & (
+                truth != UNKNOWN_LABEL
+            )
+        cells = "".join(
+            f'<td class="p{" miss" * bool(miss)}{" true" * bool(label == 1)}" style="--p:{value:.2f}">'
+            f"{'✓ ' * bool(label == 1)}{value:.2f}</td>"
+            for value, label, miss in zip(probabilities, truth, wrong, strict=True)
+        )
         return (
             f'<tr><th scope="row">{escape(str(results.clip_name[clip]))}</th>'
             f"<td>{escape(str(results.clip_subject[clip])) or '–'}</td><td>{fold if fold >= 0 else '–'}</td>"
-            f"{''.join(cells)}</tr>"
+            f"{cells}</tr>"
         )
 
     def members(self) -> str:
         """Who diverged, which faces were not found, how large the folds are."""
         study = self.summary["study"]
-        diverged = study["diverged"]
-        words = (
-            f"{len(diverged)} of {study['members']} members diverged and are in no score: "
-            + escape(", ".join(diverged))
-            + "."
-            if diverged
-            else f"All {study['members']} members finished."
-        )
+        words = [f"All {study['members']} members finished."]
+        if study["diverged"]:
+            names = escape(", ".join(study["diverged"]))
+            words = [f"{len(study['diverged'])} of {study['members']} members diverged: {names}."]
         if study["incomplete_seeds"]:
-            seeds = ", ".join(str(seed) for seed in study["incomplete_seeds"])
-            words += f" Seeds without all their folds, left out of pooled figures: {seeds}."
+            seeds = ", ".join(map(str, study["incomplete_seeds"]))
+            words.append(f"Seeds that lack a fold and are left out of figures over all folds: {seeds}.")
         if self.no_face:
-            words += (
-                f" No face was found in {len(self.no_face)} clips, whose crop is the fallback: "
-                + escape(", ".join(self.no_face))
-                + "."
+            words.append(
+                f"No face was found, so the crop is the fallback: {escape(', '.join(self.no_face))}."
             )
         elif self.no_face is not None:
-            words += " A face was found in every clip."
-        head = "".join(f'<th scope="col">{escape(label)}</th>' for label in self.labels)
-        rows = "".join(
-            f'<tr><th scope="row">fold {fold["fold"]}</th><td>{fold["clips"]}</td>'
-            + "".join(f"<td>{fold['positives'][label]}</td>" for label in self.labels)
-            + f"<td>{len(fold['seeds'])}</td><td>{format_mean(fold['mean'], fold['sd'])}</td></tr>"
+            words.append("A face was found in every clip.")
+        rows = [
+            _row(
+                [
+                    f"fold {fold['fold']}",
+                    str(fold["clips"]),
+                    *(str(fold["positives"][label]) for label in self.labels),
+                    str(len(fold["seeds"])),
+                    format_mean(fold["mean"], fold["sd"]),
+                ]
+            )
             for fold in self.summary["folds"]
-        )
+        ]
+        columns = ["held out", "clips", *map(escape, self.labels), "seeds", "macro-F1 ± sd"]
         return (
-            f'<p>{words}</p><div class="scroll"><table><thead><tr><th scope="col">held out</th><th scope="col">clips</th>'
-            f'{head}<th scope="col">seeds</th><th scope="col">macro-F1 ± sd</th></tr></thead><tbody>{rows}</tbody></table>'
-            "</div><p class=note style=margin-top:8px>Columns of classes: clips of the fold that have the label.</p>"
+            f"<p>{' '.join(words)}</p>{_table(columns, rows)}"
+            '<p class="note first">Under the classes: how many clips of the fold have the label.</p>'
         )
 
     def configuration(self) -> str:
         """Settings and versions."""
-        changed = _flatten(self.overrides)
-        changed.pop("", None)
-        blocks = [
-            ("Changed on the command line", changed),
-            ("All settings", _flatten(self.config) if self.config else {}),
-            ("Versions", _flatten(self.versions) if self.versions else {}),
-        ]
+        blocks = {
+            "Changed on the command line": self.overrides,
+            "All settings": self.config,
+            "Versions": self.versions,
+        }
         return "".join(
-            f"<details><summary>{title} ({len(leaves)})</summary>{_values(leaves)}</details>"
-            for title, leaves in blocks
-            if leaves
+            f"<details><summary>{title}</summary>{_values(_flatten(tree))}</details>"
+            for title, tree in blocks.items()
+            if tree
         )
+
+
+def _mean_or_nan(total: np.ndarray, count: np.ndarray) -> np.ndarray:
+    return np.where(count > 0, total / np.maximum(count, 1), np.nan)
 
 
 def _figure(svg: str, caption: str) -> str:
     return f"<figure>{svg}<figcaption>{caption}</figcaption></figure>"
+
+
+def _row(cells: Sequence[str], leaky: Sequence[int] = (), css: str = "") -> str:
+    """A table row of HTML ``cells``, the first of them its heading; ``leaky`` are the columns so marked."""
+    data = "".join(
+        f"<td{_css('leaky' if index in leaky else '')}>{cell}</td>"
+        for index, cell in enumerate(cells)
+        if index
+    )
+    return f'<tr{_css(css)}><th scope="row">{cells[0]}</th>{data}</tr>'
+
+
+def _table(columns: Sequence[str], rows: Iterable[str], leaky: Sequence[int] = (), css: str = "") -> str:
+    """A table that scrolls sideways where the window is too narrow for it."""
+    head = "".join(
+        f'<th scope="col"{_css("leaky" if index in leaky else "")}>{column}</th>'
+        for index, column in enumerate(columns)
+    )
+    return (
+        f'<div class="scroll"><table{_css(css)}><thead><tr>{head}</tr></thead>'
+        f"<tbody>{''.join(rows)}</tbody></table></div>"
+    )
+
+
+def _css(name: str) -> str:
+    return f' class="{name}"' if name else ""
 
 
 def _values(leaves: Mapping[str, str]) -> str:
@@ -667,6 +667,6 @@ def _values(leaves: Mapping[str, str]) -> str:
     return f'<dl class="values">{rows}</dl>'
 
 
-def _floats(values) -> np.ndarray:
+def _floats(values: Iterable[float | None]) -> np.ndarray:
     """Numbers of a JSON list, NaN for null."""
     return np.array([np.nan if value is None else value for value in values], float)

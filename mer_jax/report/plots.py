@@ -1,10 +1,11 @@
 """Figures of a study as inline SVG, drawn by hand: arrays in, one string out.
 
-Every function is pure and its output is a function of its input's bytes alone. Colours and fonts come from the page
-(classes such as ``blue`` and ``tick``, see :mod:`mer_jax.report.html`), so one drawing serves light, dark and paper.
+Every function is pure, and the same input gives the same bytes. Colours and fonts come from the page (classes
+such as ``blue`` and ``tick``, see :mod:`mer_jax.report.style`), so one drawing serves light, dark and paper.
 Values that are not finite are left out of a drawing, never drawn at a wrong place.
 """
 
+import itertools
 import math
 from collections.abc import Mapping, Sequence
 from html import escape
@@ -30,12 +31,12 @@ def format_number(value: float, digits: int = 3) -> str:
 
 
 def nice_ticks(low: float, high: float, count: int = 5) -> np.ndarray:
-    """About ``count`` round numbers that lie within ``[low, high]`` (steps of 1, 2 or 5 times a power of ten)."""
+    """About ``count`` round numbers within ``[low, high]``, in steps of 1, 2 or 5 times a power of ten."""
     if not high > low:
         return np.array([low])
     raw = (high - low) / count
     power = 10.0 ** math.floor(math.log10(raw))
-    step = next(factor * power for factor in (1, 2, 5, 10) if factor * power >= raw * 0.999)
+    step = next(factor * power for factor in (1, 2, 5, 10) if factor * power >= raw * 0.75)
     first, last = math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9)
     return np.arange(first, last + 1) * step
 
@@ -65,10 +66,10 @@ class _Drawing:
 
     def add(self, tag: str, css: str, text: str = "", tip: str = "", **attributes) -> None:
         """Adds one element; ``tip`` is what a pointer resting on it shows."""
-        pairs = "".join(
-            f' {name.replace("_", "-")}="{_xy(value) if isinstance(value, float | int) else escape(str(value))}"'
-            for name, value in attributes.items()
-        )
+        pairs = ""
+        for name, value in attributes.items():
+            value = value if isinstance(value, str) else _xy(value)
+            pairs += f' {name.replace("_", "-")}="{escape(value)}"'
         inner = (f"<title>{escape(tip)}</title>" if tip else "") + escape(text)
         self.parts.append(
             f'<{tag} class="{css}"{pairs}>{inner}</{tag}>' if inner else f'<{tag} class="{css}"{pairs}/>'
@@ -91,7 +92,7 @@ class _Drawing:
         self.add("path", css, "", tip, d=path)
 
     def legend(self, x, y, entries: Sequence[tuple[str, str, str]]) -> None:
-        """Swatches in a row: (shape ``'dot'``, ``'line'``, ``'bar'`` or ``'diamond'``, its classes, its words)."""
+        """Swatches in a row: (shape: 'dot', 'line', 'bar' or 'diamond'; its classes; its words)."""
         for shape, css, words in entries:
             if shape == "dot":
                 self.dot(x + 7, y - 4, css, 4.0)
@@ -106,10 +107,11 @@ class _Drawing:
 
     def svg(self) -> str:
         """The drawing as one element with the description that a screen reader speaks."""
+        size = f'width="{_xy(self.width)}" height="{_xy(self.height)}"'
         return (
-            f'<svg class="{"half" if self.width < WIDTH else "full"}" role="img" aria-label="{escape(self.label)}" '
-            f'viewBox="0 0 {_xy(self.width)} {_xy(self.height)}" '
-            f'width="{_xy(self.width)}" height="{_xy(self.height)}">{"".join(self.parts)}</svg>'
+            f'<svg class="{"half" if self.width < WIDTH else "full"}" role="img" '
+            f'aria-label="{escape(self.label)}" viewBox="0 0 {_xy(self.width)} {_xy(self.height)}" {size}>'
+            f"{''.join(self.parts)}</svg>"
         )
 
 
@@ -142,12 +144,13 @@ class _Axes:
         self.drawing.line(self.left, self.bottom, self.right, self.bottom)
         self.drawing.text((self.left + self.right) / 2, self.bottom + 36, name, "name", "middle")
 
-    def y_axis(self, name: str, count: int = 5) -> None:
+    def y_axis(self, name: str, count: int = 5, texts: bool = True) -> None:
         ticks = nice_ticks(*self.ylim, count=count)
         for tick, text in zip(ticks, _tick_texts(ticks), strict=True):
             y = float(self.y(tick))
             self.drawing.line(self.left, y, self.right, y, "grid")
-            self.drawing.text(self.left - 8, y + 4, text, anchor="end")
+            if texts:
+                self.drawing.text(self.left - 8, y + 4, text, anchor="end")
         if name:
             self.drawing.text(self.left - 8, self.top - 14, name, "name", "start")
 
@@ -193,7 +196,7 @@ def _spread(positions: Sequence[float], gap: float) -> list[float]:
     """Moves positions apart, as little as a sweep can, until neighbours are ``gap`` from each other."""
     order = np.argsort(positions, kind="stable")
     placed = np.array(positions, float)
-    for before, after in zip(order, order[1:], strict=False):
+    for before, after in itertools.pairwise(order):
         placed[after] = max(placed[after], placed[before] + gap)
     shift = float(np.mean(placed - np.asarray(positions, float))) if len(placed) else 0.0
     return [float(value) for value in placed - shift]
@@ -292,56 +295,52 @@ def learning_curves(epoch: np.ndarray, losses: Mapping[str, np.ndarray], selecte
 
     Args:
         epoch: Epoch of each evaluation ``(E,)``.
-        losses: Name to losses ``(M, E)``; the order gives the colours; members with NaN are left out epoch by epoch.
-        selected: The epoch that each member's inner split chose ``(M,)``.
+        losses: Name to losses ``(M, E)``; the order gives the colours; NaN is left out epoch by epoch.
+        selected: The epoch whose parameters each member kept ``(M,)``, at least one member.
 
     Returns:
         The figure as an ``<svg>`` element.
     """
-    quantiles = {name: _quantiles(values) for name, values in losses.items()}
-    selected = np.asarray(selected, float)
-    words = {name: f"{name} {format_number(_last_finite(values[1]))}" for name, values in quantiles.items()}
+    bands = {name: quantiles(values) for name, values in losses.items()}  # (3, E) each
+    words = {name: f"{name} {format_number(_last_finite(values[1]))}" for name, values in bands.items()}
     drawing = _Drawing(
         WIDTH, 380, "Learning curves. Median loss at the last epoch: " + "; ".join(words.values())
     )
-    low, high = _limits(*quantiles.values(), pad=0.05)
+    low, high = _limits(*bands.values(), pad=0.05)
     first, last = float(np.min(epoch)), float(np.max(epoch))
-    axes = _Axes(drawing, 56, 40, WIDTH - 56 - 160, 262, (first, max(last, first + 1)), (max(low, 0.0), high))
-    axes.y_axis("loss (nats per label)")
+    axes = _Axes(drawing, 56, 40, WIDTH - 56 - 180, 262, (first, max(last, first + 1)), (max(low, 0.0), high))
+    axes.y_axis("loss (nats)", count=6)
     axes.x_axis("epoch", grid=False)
     colours = dict(zip(losses, ("grey", "blue", "orange", "green"), strict=False))
     ends = {}
-    for name, (lower, median, upper) in quantiles.items():
+    for name, (lower, median, upper) in bands.items():
         axes.band(epoch, lower, upper, f"band {colours[name]}")
         axes.curve(epoch, median, f"line {colours[name]}")
         ends[name] = float(axes.y(_last_finite(median)))
     for name, y in zip(ends, _spread(list(ends.values()), 17), strict=True):
-        drawing.text(axes.right + 10, y + 4, words[name], f"label ink {colours[name]}")
-    if selected.size and np.isfinite(selected).all():
-        early, middle, late = (
-            float(np.clip(q, first, last)) for q in np.quantile(selected, (0.05, 0.5, 0.95))
-        )
-        y = axes.bottom + 52
-        drawing.rect(float(axes.x(early)), y - 4, float(axes.x(late) - axes.x(early)), 8, "box blue", rx=3)
-        drawing.dot(float(axes.x(middle)), y, "dot blue", 5.0)
-        drawing.text(
-            axes.right + 10,
-            y + 4,
-            f"chosen: {format_number(middle, 0)} ({format_number(early, 0)}–{format_number(late, 0)})",
-            "label",
-        )
+        drawing.text(axes.right + 10, y + 4, words[name], f"named {colours[name]}")
+    early, middle, late = (float(np.clip(q, first, last)) for q in np.quantile(selected, (0.05, 0.5, 0.95)))
+    y = axes.bottom + 60
+    drawing.rect(float(axes.x(early)), y - 4, float(axes.x(late) - axes.x(early)), 8, "box blue", rx=3)
+    drawing.dot(float(axes.x(middle)), y, "dot blue", 5.0)
+    drawing.text(
+        axes.right + 10,
+        y + 4,
+        f"kept epoch {format_number(middle, 0)} ({format_number(early, 0)}–{format_number(late, 0)})",
+        "label",
+    )
     return drawing.svg()
 
 
-def _quantiles(values: np.ndarray) -> np.ndarray:
-    """5, 50 and 95 % over the members ``(M, E)`` -> ``(3, E)``; NaN where no member has a value."""
+def quantiles(values: np.ndarray) -> np.ndarray:
+    """5, 50 and 95 % over members, ``(M, ...)`` -> ``(3, ...)``; NaN is left out, and stays where all are."""
     values = np.asarray(values, float)
-    result = np.full((3, values.shape[1]), np.nan)
-    known = np.isfinite(values).any(axis=0)
+    flat = values.reshape(len(values), -1)
+    result = np.full((3, flat.shape[1]), np.nan)
+    known = np.isfinite(flat).any(axis=0)
     if known.any():
-        columns = np.where(np.isfinite(values[:, known]), values[:, known], np.nan)
-        result[:, known] = np.nanquantile(columns, (0.05, 0.5, 0.95), axis=0)
-    return result
+        result[:, known] = np.nanquantile(flat[:, known], (0.05, 0.5, 0.95), axis=0)
+    return result.reshape(3, *values.shape[1:])
 
 
 def _last_finite(values: np.ndarray) -> float:
@@ -440,8 +439,8 @@ def confusions(labels: Sequence[str], counts: np.ndarray) -> str:
         top + 2 * cell + 20,
         "Confusion per label: "
         + "; ".join(
-            f"{label}: {_count(tp)} present found, {_count(fn)} present missed, {_count(fp)} absent but claimed, "
-            f"{_count(tn)} absent and not claimed"
+            f"{label}: of the present {_count(tp)} found, {_count(fn)} missed; "
+            f"of the absent {_count(fp)} claimed, {_count(tn)} not claimed"
             for label, tp, fp, fn, tn in zip(labels, *counts, strict=True)
         ),
     )
@@ -458,13 +457,12 @@ def confusions(labels: Sequence[str], counts: np.ndarray) -> str:
                 share = value / sum(pair) if sum(pair) > 0 else 0.0
                 box = (x + cell_width * column, top + cell * row)
                 colour = "blue" if column == right else "orange"
-                drawing.add(
-                    "rect", f"cell {colour}", x=box[0], y=box[1], width=cell_width - 3.0, height=cell - 3.0, rx=3,
-                    fill_opacity=f"{0.08 + 0.55 * share:.2f}",
-                )  # fmt: skip
-                centre = box[0] + (cell_width - 3) / 2
+                shade = f"{0.08 + 0.5 * share:.2f}"
+                width = cell_width - 3
+                drawing.rect(*box, width, cell - 3, f"cell {colour}", rx=3, fill_opacity=shade)
+                centre = box[0] + width / 2
                 drawing.text(centre, box[1] + 28, _count(value), "value", "middle")
-                drawing.text(centre, box[1] + 45, f"{100 * share:.0f} %", anchor="middle")
+                drawing.text(centre, box[1] + 45, f"{100 * share:.0f} %", "share", "middle")
     return drawing.svg()
 
 
@@ -473,20 +471,20 @@ def _count(value: float) -> str:
     return format_number(value, 0 if float(value).is_integer() else 1)
 
 
-def curves_with_marks(
+def curves(
     x: np.ndarray,
-    curves: Sequence[tuple[str, str, np.ndarray, np.ndarray | None]],
+    series: Sequence[tuple[str, str, np.ndarray]],
     *,
     x_name: str,
     y_name: str,
-    marks: Sequence[tuple[str, str, float]] = (),
+    marks: Sequence[tuple[str, str, float]],
     label: str,
 ) -> str:
-    """Curves over one axis, each with an optional band, and vertical marks.
+    """Curves over the unit interval, with vertical marks.
 
     Args:
-        x: Positions ``(X,)``.
-        curves: (name, colour, values ``(X,)``, band ``(2, X)`` or None).
+        x: Positions ``(X,)`` in [0, 1].
+        series: (name, colour, values ``(X,)`` in [0, 1]).
         x_name: Name of the x axis, with its unit.
         y_name: Name of the y axis, with its unit.
         marks: (name, colour, x) of vertical lines.
@@ -495,76 +493,83 @@ def curves_with_marks(
     Returns:
         The figure as an ``<svg>`` element.
     """
-    best = []
-    for name, _, values, _ in curves:
-        if np.isfinite(values).any():
-            index = int(np.nanargmax(values))
-            best.append(f"{name} is highest, {format_number(values[index])}, at {format_number(x[index], 2)}")
-    drawing = _Drawing(WIDTH, 360, label + ": " + "; ".join(best))
-    bands = [band for _, _, _, band in curves if band is not None]
-    limits = _limits(*(values for _, _, values, _ in curves), *bands, bounds=(0.0, 1.0))
-    axes = _Axes(drawing, 56, 66, WIDTH - 76, 240, (float(x[0]), float(x[-1])), limits)
+    best = [
+        f"{name}, highest {format_number(np.nanmax(values))} at {format_number(x[np.nanargmax(values)], 2)}"
+        for name, _, values in series
+        if np.isfinite(values).any()
+    ]
+    drawing = _Drawing(WIDTH, 360, f"{label}: " + "; ".join(best))
+    limits = _limits(*(values for _, _, values in series), bounds=(0.0, 1.0))
+    axes = _Axes(drawing, 56, 66, WIDTH - 76, 240, (0.0, 1.0), limits)
     axes.y_axis(y_name)
-    axes.x_axis(x_name, grid=False)
-    drawing.legend(56, 16, [("line", f"line {colour}", name) for name, colour, _, _ in curves])
+    axes.x_axis(x_name, np.linspace(0, 1, 6), grid=False)
+    drawing.legend(56, 16, [("line", f"line {colour}", name) for name, colour, _ in series])
     for name, colour, position in marks:
         at = float(axes.x(position))
         drawing.line(at, axes.top, at, axes.bottom, f"mark {colour}")
-        drawing.text(at, axes.top - 4, name, f"tick ink {colour}", "middle")
-    for _, colour, values, band in curves:
-        if band is not None:
-            axes.band(x, *band, f"band {colour}")
+        drawing.text(at, axes.top - 4, name, f"named {colour}", "middle")
+    for _, colour, values in series:
         axes.curve(x, values, f"line {colour}")
     return drawing.svg()
 
 
-def attention_panels(labels: Sequence[str], attention: Mapping[str, np.ndarray]) -> str:
-    """One panel per class: attention over frame positions, median and 5-95 % band over members, per modality.
+def class_panels(
+    labels: Sequence[str],
+    x: np.ndarray,
+    series: Sequence[tuple[str, str, np.ndarray]],
+    *,
+    x_name: str,
+    x_ticks: np.ndarray,
+    label: str,
+    reference: tuple[str, float] | None = None,
+    marks: np.ndarray | None = None,
+) -> str:
+    """One small panel per class, all on the same scales.
 
     Args:
         labels: Name of each class ``(C,)``.
-        attention: Modality to attention ``(M, C, T)``, each row summing to one over ``T``; NaN where a member has no
-            clip of the class.
+        x: Positions ``(X,)``, rising.
+        series: (name, colour, curves ``(C, 3, X)``: low, middle and high, or ``(C, 1, X)`` without a band).
+        x_name: Name of the x axis.
+        x_ticks: Where the x axis is labelled; it reaches from the first to the last of them.
+        label: What a screen reader says before the peaks.
+        reference: (words, height) of a dashed line.
+        marks: ``(K, C)`` positions of K small marks per panel.
 
     Returns:
         The figure as an ``<svg>`` element.
     """
-    colours = dict(zip(attention, ("blue", "orange", "green", "purple"), strict=False))
-    quantiles = {
-        modality: np.stack([_quantiles(values[:, index]) for index in range(len(labels))])  # (C, 3, T)
-        for modality, values in attention.items()
-    }
-    frames = max(values.shape[-1] for values in quantiles.values())
-    gap, left, top = 16, 52, 66
-    width = (WIDTH - left - 8 - gap * (len(labels) - 1)) / len(labels)
-    peaks = (
-        f"{label}, {modality}: peak at frame {int(np.nanargmax(values[index, 1])) + 1}"
-        for modality, values in quantiles.items()
-        for index, label in enumerate(labels)
-        if np.isfinite(values[index, 1]).any()
-    )
-    drawing = _Drawing(WIDTH, 290, "Attention over frame positions per class: " + "; ".join(peaks))
-    entries = [("line", f"line {colour}", modality) for modality, colour in colours.items()]
-    drawing.legend(left, 16, [*entries, ("line", "reference", f"even attention, 1/{frames}")])
-    limits = (0.0, max(_limits(*quantiles.values())[1], 1.2 / frames))
-    for index, label in enumerate(labels):
-        axes = _Axes(
-            drawing, left + (width + gap) * index, top, width, 176, (1.0, float(max(frames, 2))), limits
-        )
-        drawing.text(axes.left, top - 12, label, "label strong")
-        if index == 0:
-            axes.y_axis("", count=4)
-        else:
-            for tick in nice_ticks(*limits, count=4):
-                drawing.line(axes.left, float(axes.y(tick)), axes.right, float(axes.y(tick)), "grid")
-        ticks = np.unique(np.round(np.linspace(1, frames, 4)))
-        axes.x_axis("frame" if index else "frame (resampled)", ticks, grid=False)
-        drawing.line(axes.left, float(axes.y(1 / frames)), axes.right, float(axes.y(1 / frames)), "reference")
-        for modality, colour in colours.items():
-            low, middle, high = quantiles[modality][index]
-            position = np.arange(1, len(middle) + 1)
-            axes.band(position, low, high, f"band {colour}")
-            axes.curve(position, middle, f"line {colour}")
+    gap, left, top = 28, 52, 66
+    width = (WIDTH - left - 12 - gap * (len(labels) - 1)) / len(labels)
+    peaks = [
+        f"{name}, {words}: peak at {format_number(x[np.nanargmax(middle)], 2)}"
+        for index, name in enumerate(labels)
+        for words, _, curves in series
+        if np.isfinite(middle := curves[index, curves.shape[1] // 2]).any()
+    ]
+    drawing = _Drawing(WIDTH, 290, f"{label}: " + "; ".join(peaks))
+    entries = [("line", f"line {colour}", words) for words, colour, _ in series]
+    entries += [("line", "reference", reference[0])] if reference else []
+    drawing.legend(left, 16, entries)
+    highest = [[1.2 * reference[1]]] if reference else []
+    limits = (0.0, _limits(*(curves for _, _, curves in series), *highest)[1])
+    span = float(x_ticks[0]), float(x_ticks[-1])
+    for index, name in enumerate(labels):
+        axes = _Axes(drawing, left + (width + gap) * index, top, width, 176, span, limits)
+        drawing.text(axes.left, top - 14, name, "label strong")
+        axes.y_axis("", count=4, texts=index == 0)
+        axes.x_axis(x_name, x_ticks, grid=False)
+        if reference:
+            y = float(axes.y(reference[1]))
+            drawing.line(axes.left, y, axes.right, y, "reference")
+        for _, colour, curves in series:
+            if curves.shape[1] == 3:
+                axes.band(x, curves[index, 0], curves[index, 2], f"band {colour}")
+            axes.curve(x, curves[index, curves.shape[1] // 2], f"line {colour}")
+        for position in [] if marks is None else marks[:, index]:
+            at, foot = float(axes.x(position)), axes.bottom
+            path = f"M{_xy(at)} {_xy(foot - 9)}L{_xy(at + 4)} {_xy(foot)}L{_xy(at - 4)} {_xy(foot)}Z"
+            drawing.add("path", "tip ink", "", format_number(position), d=path)
     return drawing.svg()
 
 
@@ -583,22 +588,22 @@ def gate_strips(
         The figure as an ``<svg>`` element.
     """
     lane = 40 if len(rows) <= 8 else 18
-    top, left = 40, 100
+    top, left = 40, 150
     drawing = _Drawing(
-        HALF_WIDTH,
+        WIDTH,
         top + lane * len(rows) + 48,
         f"Strip plot of {axis}: "
         + "; ".join(f"{row} median {format_number(_median(v), 2)}" for row, v, _ in rows),
     )
-    axes = _Axes(drawing, left, top, HALF_WIDTH - left - 18, lane * len(rows), (0.0, 1.0), (0, 1))
-    axes.x_axis(axis, np.linspace(0, 1, 5))
+    axes = _Axes(drawing, left, top, WIDTH - left - 20, lane * len(rows), (0.0, 1.0), (0, 1))
+    axes.x_axis(axis, np.linspace(0, 1, 6))
     drawing.text(axes.left, top - 12, ends[0])
     drawing.text(axes.right, top - 12, ends[1], anchor="end")
     middle = float(axes.x(even))
     drawing.line(middle, top, middle, axes.bottom, "reference")
     for index, (row, weights, members) in enumerate(rows):
         y = top + lane * (index + 0.5)
-        drawing.text(left - 10, y + 4, row, "label", "end")
+        drawing.text(left - 12, y + 4, row, "label", "end")
         _strip(axes, y, lane - 6, weights, "dot", "blue", members)
     return drawing.svg()
 
@@ -618,16 +623,16 @@ def share_bar(parts: Sequence[tuple[str, str, float, str]], label: str) -> str:
         72 + 26 * len(parts),
         f"{label}: " + "; ".join(f"{name} {100 * share:.0f} percent" for name, _, share, _ in parts),
     )
-    x, width = 10.0, HALF_WIDTH - 20
+    x, width = 0.0, HALF_WIDTH
     for index, (name, colour, share, words) in enumerate(parts):
         if share > 0:
             drawing.rect(x, 14, width * share - 2, 40, f"bar {colour}", f"{name}: {100 * share:.0f} %", rx=2)
         x += width * share
         y = 84 + 26 * index
-        drawing.rect(10, y - 11, 12.0, 12.0, f"bar {colour}", rx=2)
-        drawing.text(30, y, name, "label")
-        drawing.text(180, y, f"{100 * share:.0f} %", "value", "end")
-        drawing.text(200, y, words, "label")
+        drawing.rect(0, y - 11, 12.0, 12.0, f"bar {colour}", rx=2)
+        drawing.text(20, y, name, "label")
+        drawing.text(150, y, f"{100 * share:.0f} %", "value", "end")
+        drawing.text(172, y, words, "label")
     return drawing.svg()
 
 
@@ -646,13 +651,13 @@ def width_curve(
     Returns:
         The figure as an ``<svg>`` element.
     """
-    largest = max(now, *(seeds for seeds, _ in targets)) * 1.6
+    largest = max(now, *(seeds for seeds, _ in targets)) * 4
     smallest = max(2, min(now, *(seeds for seeds, _ in targets)) / 1.6)
     count = np.geomspace(smallest, largest, 80)
     width = stats.t.ppf((1 + confidence) / 2, count - 1) * sd / np.sqrt(count)
     drawing = _Drawing(
         HALF_WIDTH,
-        330,
+        306,
         f"Half-width of the interval of {score_name} over the number of seeds: "
         + "; ".join(f"plus or minus {wanted:g} needs {seeds}" for seeds, wanted in targets),
     )
@@ -667,12 +672,11 @@ def width_curve(
     shown = width <= highest
     axes.curve(count[shown], width[shown], "line blue")
     for seeds, wanted in targets:
-        x, y = float(axes.x(seeds)), float(axes.y(wanted))
-        drawing.line(axes.left, y, x, y, "reference")
+        x, y = float(axes.x(seeds)), float(axes.y(min(np.interp(seeds, count, width), highest)))
         drawing.line(x, y, x, axes.bottom, "reference")
-        drawing.dot(x, y, "ring ink", 4.0, f"±{wanted:g} needs {seeds} seeds")
-        drawing.text(x + 8, y - 6, f"±{wanted:g}: {seeds:,} seeds")
+        drawing.dot(x, y, "ring ink", 4.0, f"{seeds} seeds are enough for ±{wanted:g}")
+        drawing.text(x + 7, y - 9, f"{seeds:,} for ±{wanted:g}")
     x, y = float(axes.x(now)), float(axes.y(here))
     drawing.dot(x, y, "dot blue", 5.0, f"this study: {now} seeds, ±{format_number(here)}")
-    drawing.text(x + 9, y - 8, f"now {now}", "label ink blue")
+    drawing.text(x - 8, y + 16, f"now {now}", "named blue", "end")
     return drawing.svg()

@@ -1,7 +1,7 @@
 """How the report looks: one style sheet for light, dark and paper, without any outside resource."""
 
-# Colours are those of Okabe and Ito, which stay apart for all common kinds of colour blindness; dark pages take their
-# lighter variants. Nothing is told by colour alone: leaky figures are also hollow, hatched or in words.
+# Colours are those of Okabe and Ito, which stay apart for all common kinds of colour blindness; dark pages
+# take their lighter variants. Nothing is told by colour alone: leaky figures are also hollow, hatched or in words.
 STYLE = """
 :root{color-scheme:light dark;
 --paper:light-dark(#fff,#15181c);--panel:light-dark(#f5f6f8,#1d2126);--ink:light-dark(#1b1f24,#e7eaee);
@@ -17,7 +17,7 @@ h1{font-size:30px;line-height:1.2;margin:0 0 6px;letter-spacing:-.01em;overflow-
 h2{font-size:21px;line-height:1.3;margin:0 0 4px;letter-spacing:-.005em}
 h3{font-size:16px;margin:0 0 4px}
 section{margin-top:52px;scroll-margin-top:16px}
-p{margin:0 0 12px;max-width:74ch}
+p{margin:0 0 12px;max-width:74ch;text-wrap:pretty}
 a{color:var(--blue)}
 code,pre{font:13px/1.5 ui-monospace,SFMono-Regular,Menlo,Consolas,"Liberation Mono",monospace}
 pre{margin:0;padding:14px 16px;background:var(--panel);border-radius:6px;overflow-x:auto}
@@ -34,25 +34,29 @@ padding:16px 0;border:solid var(--rule);border-width:1px 0}
 nav{margin-top:14px;font-size:14px;line-height:1.9}
 nav a{margin-right:14px;text-decoration:none;white-space:nowrap}
 nav a:hover{text-decoration:underline}
+.first{margin-top:12px}
 .scroll{overflow-x:auto}
 table{border-collapse:collapse;font-variant-numeric:tabular-nums;font-size:15px;width:100%}
-th,td{padding:7px 10px;text-align:right;border-bottom:1px solid var(--rule);vertical-align:top;font-weight:400}
-thead th{font-size:13px;color:var(--muted);vertical-align:bottom;line-height:1.35;border-bottom-color:var(--muted)}
+th,td{padding:7px 10px;text-align:right;border-bottom:1px solid var(--rule);vertical-align:top;
+font-weight:400}
+thead th{font-size:13px;color:var(--muted);vertical-align:bottom;line-height:1.35;
+border-bottom-color:var(--muted)}
 th:first-child,td:first-child{text-align:left;padding-left:0}
 tbody tr.group th{color:var(--muted);font-size:13px;padding-top:18px}
 tr.key th,tr.key td{font-weight:650}
-td small{display:block;white-space:nowrap;font-weight:400}
-th small{display:block;font-weight:400}
-.leaky{background:repeating-linear-gradient(135deg,transparent 0 5px,var(--warn) 5px 10px);color:var(--orange)}
+.leaky{color:var(--orange);
+background:repeating-linear-gradient(135deg,transparent 0 5px,var(--warn) 5px 10px)}
 thead .leaky{color:var(--orange)}
 figure{margin:14px 0 0}
 figure svg{display:block;width:100%;height:auto}
 figure svg.half{max-width:560px}
 .pair{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(100%,400px),1fr));gap:36px 40px}
-.pair section,.pair>section{margin-top:52px}
 figcaption{margin-top:6px;max-width:74ch}
 details{margin-top:14px}
 summary{cursor:pointer;color:var(--blue);padding:4px 0}
+.terms{margin:8px 0 0;font-size:14px;max-width:80ch}
+.terms dt{font-weight:600}
+.terms dd{margin:0 0 8px;color:var(--muted)}
 .clips td,.clips th{padding:3px 8px;font-size:14px;vertical-align:middle}
 .clips td.p{min-width:86px;background:linear-gradient(90deg,color-mix(in srgb,var(--blue) 26%,transparent)
 calc(var(--p)*100%),transparent 0)}
@@ -83,11 +87,12 @@ svg .ring{fill:var(--paper);fill-opacity:.6;stroke:var(--c);stroke-width:1.5}
 svg .bar{fill:var(--c);fill-opacity:.62}
 svg .box{fill:var(--c);fill-opacity:.16}
 svg .median{stroke:var(--c);stroke-width:2.4}
-svg .cell{fill:var(--c)}
+svg .cell,svg .tip{fill:var(--c)}
+svg .share{font-size:12px}
 svg .ink{--c:var(--ink)}
 .blue{--c:var(--blue)}.orange{--c:var(--orange)}.green{--c:var(--green)}.purple{--c:var(--purple)}
 .grey{--c:var(--grey)}
-svg text.ink{fill:var(--c);font-weight:600}
+svg .named{fill:var(--c);font-weight:600}
 @media (max-width:640px){main{padding:20px 14px 48px}h1{font-size:25px}.answer{font-size:18px}
 .values{columns:1}figure{overflow-x:auto}figure svg.full{min-width:680px}}
 @media print{:root{color-scheme:light}body{font-size:11pt}main{max-width:none;padding:0}nav{display:none}

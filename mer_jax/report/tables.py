@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from mer_jax.report.plots import format_number
 
 LEAKY_EXPLANATION = (
-    "The leaky column picks epoch and thresholds on the very clips that it is scored on. It is what such a protocol "
+    "The leaky column takes its choices on the very clips that it is scored on. It is what such a protocol "
     "would have claimed, not an estimate of anything."
 )
 
@@ -40,7 +40,7 @@ class Row:
 
 
 def leaky_block(summary: Mapping) -> Mapping:
-    """The leaky figures that stand beside the honest ones: both leaks where curves were kept, else thresholds alone."""
+    """The leaky figures beside the honest: epoch and thresholds where curves were kept, else thresholds."""
     return summary["leaky"]["both"] or summary["leaky"]["heldout_thresholds"]
 
 
@@ -85,11 +85,16 @@ def score_rows(summary: Mapping) -> list[Row]:
         row(f"F1 {label}", "Per class, pooled", "per_class_f1", label, "pooled")
         for label in summary["labels"]
     ]
-    for name, key in (("AUROC", "auroc"), ("average precision", "average_precision")):
+    for name, key in (("AUROC", "auroc"), ("AP", "average_precision")):
         for words, average in (("pooled", "pooled"), ("mean of folds", "fold_mean")):
             score = summary[key]["mean"][average]
             rows.append(
-                Row(f"{name}, {words}", "Threshold-free, mean of classes", score["mean"], score["sd"])
+                Row(
+                    f"{name}, {words}",
+                    "Threshold-free, mean of classes (AP: average precision)",
+                    score["mean"],
+                    score["sd"],
+                )
             )
     ensemble = summary["ensemble"]["macro_f1"]["pooled"]
     chance = summary["chance"]["macro_f1"]["pooled"]
@@ -150,10 +155,11 @@ def terminal_table(summary: Mapping) -> str:
         )
         lines.append(layout(("> " if row.key else "  ") + row.name, *cells))
     inflation = leaky_block(summary)["inflation"]["pooled"]
+    difference = f"{format_signed(inflation['mean'])} {format_interval(inflation['clip_ci'])}"
     lines += [
         "-" * 98,
-        f"LEAKY chooses {leaky_choices(summary)} on the clips that it is scored on: not an estimate of anything.",
-        f"It would have claimed {format_signed(inflation['mean'])} {format_interval(inflation['clip_ci'])} macro-F1.",
+        f"LEAKY chooses {leaky_choices(summary)} on the clips that it is scored on: not an estimate.",
+        f"It would have claimed {difference} macro-F1.",
     ]
     for note in summary["notes"]:
         lines += textwrap.wrap(f"note: {note}", 98, subsequent_indent="      ")

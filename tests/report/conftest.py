@@ -18,10 +18,15 @@ EVALUATION = {
     "bootstrap": 100,
     "confidence": 0.95,
 }
-CONFIG = {"data": {"dataset": "four_dme/challenge", "extractors": ["hog", "facemesh"]}, "study": {"num_seeds": 4}}
+CONFIG = {
+    "data": {"dataset": "four_dme/challenge", "extractors": ["hog", "facemesh"]},
+    "study": {"num_seeds": 4},
+}
 
 
-def synthetic_results(num_folds=3, num_seeds=4, clips=48, test_clips=6, epochs=12, frames=18, diverged=(), seed=0):
+def synthetic_results(
+    num_folds=3, num_seeds=4, clips=48, test_clips=6, epochs=12, frames=18, diverged=(), seed=0
+):
     """Results of members that learn a little: a shared signal, a part per fold and seed, and noise."""
     rng = np.random.default_rng(seed)
     total = clips + test_clips
@@ -58,7 +63,9 @@ def synthetic_results(num_folds=3, num_seeds=4, clips=48, test_clips=6, epochs=1
 
     def losses(floor, overfit):
         path = floor + (0.7 - floor) * np.exp(-epoch / (epochs / 5)) + overfit * (epoch / epochs) ** 2
-        return (path + rng.normal(0, 0.012, (members, epochs)) + rng.normal(0, 0.02, (members, 1))).astype("f4")
+        return (path + rng.normal(0, 0.012, (members, epochs)) + rng.normal(0, 0.02, (members, 1))).astype(
+            "f4"
+        )
 
     weight = np.clip(0.62 + rng.normal(0, 0.08, members) + 0.03 * member_fold, 0, 1)
     apex = np.exp(-(((np.arange(frames) - frames * 0.55) / (frames / 6)) ** 2))
@@ -106,7 +113,8 @@ def write_run(folder, results, config=CONFIG, evaluation=EVALUATION):
     with (folder / "folds.csv").open("w", newline="") as stream:
         writer = csv.writer(stream)
         writer.writerow(["clip", "fold", "face_found"])
-        writer.writerows((n, f, int(i != 3)) for i, (n, f) in enumerate(zip(results.clip_name, results.clip_fold)))
+        for index, (name, fold) in enumerate(zip(results.clip_name, results.clip_fold, strict=True)):
+            writer.writerow([name, fold, int(index != 3)])
     return summary
 
 
