@@ -27,7 +27,13 @@ def get_config(variant: str = "fusion") -> ConfigDict:
     data = config.data
     data.dataset = "four_dme/demo"  # 'four_dme/demo', 'four_dme/challenge' or 'four_dme/release'
     data.data_dir = "data"  # where data sets are built
-    data.source = ""  # raw clips of 'challenge' and 'release', where they must still be built
+    # Where 'challenge' and 'release' must still be built, what scripts/build_data.py takes as flags of these names.
+    data.source = ""
+    data.test_source = ""
+    data.labels = ""
+    data.columns = ()  # such as ('Id=video', 'subject=person')
+    data.workbook = ""
+    data.features = ()  # features from elsewhere, such as ('radio=features/radio',)
     data.workers = 0  # processes that prepare clips; 0 for one a core
     data.num_frames = 18  # the paper's; the released code takes 16
     data.short = "repeat"  # a clip with fewer frames: 'repeat' its last frame, or 'mask' padding

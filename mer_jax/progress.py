@@ -9,9 +9,7 @@ from tqdm import tqdm
 LOG_INTERVAL_SECONDS = 10.0
 
 
-def progress(
-    iterable: Iterable | None = None, *, total: int | None = None, desc: str = "", unit: str = "it"
-) -> tqdm:
+def progress(iterable: Iterable | None = None, *, total: int | None = None, desc: str = "", unit: str = "it") -> tqdm:
     """A ``tqdm`` that suits where it is printed.
 
     Args:
@@ -45,9 +43,7 @@ class _LineProgress(tqdm):
         if self.n == self._last_count or (not finished and now - self._last_line < LOG_INTERVAL_SECONDS):
             return
         self._last_line, self._last_count = now, self.n
-        self.fp.write(
-            (msg or self.format_meter(**{**self.format_dict, "ncols": None, "bar_format": _LINE})) + "\n"
-        )
+        self.fp.write((msg or self.format_meter(**{**self.format_dict, "ncols": None, "bar_format": _LINE})) + "\n")
         self.fp.flush()
 
     def close(self):

@@ -49,7 +49,9 @@ def base_config() -> ConfigDict:
     config.train.class_weights = "none"  # 'balanced': negatives over positives of the member's training samples
     config.train.patience = 0  # epochs without a better inner loss before stopping; 0 trains all, keeps the last
 
-    config.grid = ConfigDict({name: () for name in HYPER_NAMES})  # values to try of each; members = folds x grid x seeds
+    config.grid = ConfigDict(
+        {name: () for name in HYPER_NAMES}
+    )  # values to try of each; members = folds x grid x seeds
 
     config.evaluation = ConfigDict()
     config.evaluation.views = "mean"  # a clip's probability from its views: 'mean', 'max' or 'or'
@@ -82,7 +84,12 @@ def validate(config: ConfigDict) -> None:
         "evaluation.thresholds": ("fixed", "global", "per_class"),
     }
     for field, allowed in choices.items():
-        _require(config, field, lambda value, allowed=allowed: value in allowed, f"one of {', '.join(map(repr, allowed))}")
+        _require(
+            config,
+            field,
+            lambda value, allowed=allowed: value in allowed,
+            f"one of {', '.join(map(repr, allowed))}",
+        )
     for field, least in {
         "folds.num": 2,
         "study.num_seeds": 1,
@@ -99,7 +106,12 @@ def validate(config: ConfigDict) -> None:
     _require(config, "study.num_inner", lambda value: value != 1, "0 or at least 2 (one part would be all of it)")
     for field in ("train.dropout", "train.feature_dropout", "train.warmup_fraction"):
         _require(config, field, lambda value: 0 <= value < 1, "in [0, 1)")
-    for field in ("train.learning_rate", "train.weight_decay", "train.focal_gamma", "study.checkpoint_seconds"):
+    for field in (
+        "train.learning_rate",
+        "train.weight_decay",
+        "train.focal_gamma",
+        "study.checkpoint_seconds",
+    ):
         _require(config, field, lambda value: value >= 0 and math.isfinite(value), "a number of at least 0")
     _require(config, "evaluation.confidence", lambda value: 0 < value < 1, "between 0 and 1")
     _require(

@@ -158,7 +158,12 @@ def fixed_steps(features: np.ndarray, frame_mask: np.ndarray, *, reference: str,
 
 
 def fit_feature_map(
-    features: np.ndarray, frame_mask: np.ndarray, train: Sequence[int] | np.ndarray, *, standardise: bool, reduce: int
+    features: np.ndarray,
+    frame_mask: np.ndarray,
+    train: Sequence[int] | np.ndarray,
+    *,
+    standardise: bool,
+    reduce: int,
 ) -> FeatureMap | None:
     """Fits standardisation and reduction on the frames of training samples, and on nothing else.
 
@@ -183,7 +188,11 @@ def fit_feature_map(
         pca = PCA(components, svd_solver="covariance_eigh").fit(frames)
         power = float(pca.explained_variance_.mean())
         scale = 1.0 / np.sqrt(power) if standardise and power > 0 else 1.0
-        return FeatureMap(pca.mean_.astype(np.float32), pca.components_.T.astype(np.float32), np.full(components, scale, np.float32))
+        return FeatureMap(
+            pca.mean_.astype(np.float32),
+            pca.components_.T.astype(np.float32),
+            np.full(components, scale, np.float32),
+        )
     deviation = frames.std(axis=0)
     constant = deviation <= 1e-6 * max(float(deviation.max()), 1e-30)
     scale = np.where(constant, 0.0, 1.0 / np.where(constant, 1.0, deviation))
@@ -233,7 +242,5 @@ def _common_rank(reduce: int, data: StudyData, sample_fold: np.ndarray, num_fold
     """The number of components that every fold's training frames can span: all members share one shape."""
     if not reduce:
         return 0
-    frames = [
-        int(data.frame_mask[(sample_fold >= 0) & (sample_fold != fold)].sum()) for fold in range(num_folds)
-    ]
+    frames = [int(data.frame_mask[(sample_fold >= 0) & (sample_fold != fold)].sum()) for fold in range(num_folds)]
     return min(reduce, width, min(frames) - 1)

@@ -164,7 +164,9 @@ def init_member(learner: Learner, arrays: Arrays, member: MemberInputs) -> Membe
     )
 
 
-def predict_samples(learner: Learner, variables: Mapping, arrays: Arrays, fold: jax.Array, index: jax.Array, batch: int):
+def predict_samples(
+    learner: Learner, variables: Mapping, arrays: Arrays, fold: jax.Array, index: jax.Array, batch: int
+):
     """Runs a member over samples, a batch at a time so that memory stays bounded.
 
     Args:
@@ -198,7 +200,13 @@ def _masked_mean(values: jax.Array, mask: jax.Array) -> jax.Array:
 
 
 def train_epoch(
-    learner: Learner, recipe: Recipe, num_steps: int, arrays: Arrays, member: MemberInputs, state: MemberState, epoch
+    learner: Learner,
+    recipe: Recipe,
+    num_steps: int,
+    arrays: Arrays,
+    member: MemberInputs,
+    state: MemberState,
+    epoch,
 ) -> tuple[MemberState, Watch]:
     """One epoch of one member, then a look at its inner and held-out samples; vmap it.
 
@@ -223,9 +231,7 @@ def train_epoch(
     draw = jax.random.uniform(jax.random.fold_in(stream(member.key, "order"), epoch), member.train_mask.shape)
     order = jnp.argsort(jnp.where(member.train_mask, draw, 2.0))
     order = jnp.pad(order, (0, max(0, num_steps * recipe.batch_size - order.shape[0])))
-    weight = (
-        balanced_positive_weight(arrays.labels, member.train_mask) if recipe.balanced else None
-    )
+    weight = balanced_positive_weight(arrays.labels, member.train_mask) if recipe.balanced else None
 
     def step(state: MemberState, number):
         offset = number * recipe.batch_size
@@ -302,7 +308,12 @@ def finish_member(
     logits, _ = predict_samples(learner, state.best_variables, arrays, member.fold, everything, batch_size)
     _, attention = predict_samples(learner, state.best_variables, arrays, member.fold, member.watched, batch_size)
     _, _, extras = learner.apply(
-        state.best_variables, take_samples(arrays, member.fold, everything[:1]), jnp.ones(1, bool), False, None, None
+        state.best_variables,
+        take_samples(arrays, member.fold, everything[:1]),
+        jnp.ones(1, bool),
+        False,
+        None,
+        None,
     )
     probabilities = jnp.where(state.diverged_at < 0, jax.nn.sigmoid(logits), jnp.nan)
     result = {"probabilities": probabilities} | {f"attention_{name}": value for name, value in attention.items()}
@@ -342,9 +353,7 @@ def make_programs(learner: Learner, recipe: Recipe, num_steps: int) -> Programs:
     return Programs(
         init=jax.jit(jax.vmap(functools.partial(init_member, learner), in_axes=(None, 0))),
         epochs=jax.jit(jax.vmap(many_epochs, in_axes=(None, 0, 0, None)), donate_argnums=2),
-        finish=jax.jit(
-            jax.vmap(functools.partial(finish_member, learner, recipe.batch_size), in_axes=(None, 0, 0))
-        ),
+        finish=jax.jit(jax.vmap(functools.partial(finish_member, learner, recipe.batch_size), in_axes=(None, 0, 0))),
     )
 
 

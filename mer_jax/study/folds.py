@@ -9,9 +9,7 @@ from mer_jax.errors import UserError
 SCHEMES = ("stratified", "subject", "loso")
 
 
-def make_folds(
-    labels: np.ndarray, subjects: np.ndarray, *, scheme: str, num_folds: int, seed: int
-) -> np.ndarray:
+def make_folds(labels: np.ndarray, subjects: np.ndarray, *, scheme: str, num_folds: int, seed: int) -> np.ndarray:
     """Assigns every clip to the fold that holds it out.
 
     Args:

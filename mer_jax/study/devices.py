@@ -1,0 +1,40 @@
+"""Which devices a study uses."""
+
+import contextlib
+import os
+
+import jax
+
+from mer_jax.errors import UserError
+
+
+def select_devices(platform: str) -> list[jax.Device]:
+    """The devices to train on.
+
+    On a CPU one device a core is made, unless XLA_FLAGS already says how many: blocks of members then run side by
+    side, which serves small models better than many threads on one matrix product.
+
+    Args:
+        platform: ``'cpu'``, ``'gpu'`` or ``'tpu'`` to insist on one, '' for the best there is.
+
+    Returns:
+        Local devices, at least one.
+
+    Raises:
+        UserError: The wanted platform is not there.
+    """
+    if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
+        # Refused where JAX is running already, with as many devices as it has.
+        with contextlib.suppress(RuntimeError):
+            jax.config.update("jax_num_cpu_devices", os.cpu_count() or 1)
+    try:
+        return jax.local_devices(backend=platform or None)
+    except RuntimeError as error:
+        wanted = (
+            f"config.platform={platform!r}" if platform else f"JAX_PLATFORMS={os.environ.get('JAX_PLATFORMS', '')!r}"
+        )
+        reason = str(error).strip().splitlines()[0]
+        raise UserError(
+            f"{wanted}: no such device on this machine ({reason}); install the jax build for it, or set "
+            "config.platform='cpu'"
+        ) from error

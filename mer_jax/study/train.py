@@ -1,0 +1,523 @@
+"""One command from a config to a report: prepares data, trains every member, writes what a reader needs."""
+
+import concurrent.futures
+import dataclasses
+import json
+import os
+import queue
+import signal
+import sys
+import threading
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from ml_collections import ConfigDict
+
+from mer_jax.clips.layouts import LABELS
+from mer_jax.errors import UserError
+from mer_jax.files import atomic_savez, atomic_write_bytes, atomic_write_text
+from mer_jax.models.registry import Learner, build_learner
+from mer_jax.progress import progress
+from mer_jax.study import engine
+from mer_jax.study.checkpoints import BlockCheckpoints, save_tree
+from mer_jax.study.config import validate
+from mer_jax.study.data import (
+    NORMALISATIONS,
+    REFERENCES,
+    FeatureMap,
+    StudyData,
+    load_dataset,
+    prepare_features,
+)
+from mer_jax.study.devices import select_devices
+from mer_jax.study.folds import inner_split, make_folds
+from mer_jax.study.members import Member, make_members, member_key
+from mer_jax.study.results import FILENAME, StudyResults
+from mer_jax.study.summary import summarise
+from mer_jax.study.workdir import check_data, open_workdir, write_tables
+
+# More members a call than this gain nothing on a CPU core (its cache is full) and would leave other cores idle.
+_CPU_BLOCK = 16
+_ACCELERATOR_BLOCK = 128
+# A stopped run must be gone in 10 s; a worker that is inside a compilation cannot be asked to hurry.
+_GRACE_SECONDS = 8.0
+_HISTORY = ("train_loss", "inner_loss", "heldout_loss")
+
+
+def train(config: ConfigDict, workdir: str | os.PathLike, overrides: Mapping | None = None) -> int:
+    """Trains the study of a config, or goes on with it, and writes its report.
+
+    Args:
+        config: As made by a file of ``configs/``.
+        workdir: Folder of the run; a finished run in it is only reported again, an unfinished one goes on.
+        overrides: Fields given on the command line, for the record.
+
+    Returns:
+        Exit status: 0, or 128 + the number of the signal that stopped the run after its checkpoints were saved.
+
+    Raises:
+        UserError: Bad config or data; the message names the field, clip or file.
+    """
+    workdir = Path(workdir)
+    validate(config)
+    _validate_data(config)
+    learner = build_learner(config.model, tuple(config.data.modalities), len(LABELS))
+    jax.config.update("jax_default_matmul_precision", "highest")
+    if config.study.compile_cache:
+        jax.config.update("jax_compilation_cache_dir", config.study.compile_cache)
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+    devices = select_devices(config.platform)
+    open_workdir(config, workdir, overrides or {})
+    if not (workdir / FILENAME).is_file():
+        status = _train_members(config, workdir, learner, devices)
+        if status:
+            return status
+    _report(config, workdir)
+    return 0
+
+
+def _validate_data(config: ConfigDict) -> None:
+    if not len(config.data.modalities):
+        raise UserError("config.data.modalities is empty; name at least one modality and its extractor")
+    for modality, step in config.data.modalities.items():
+        for field, allowed in (("reference", REFERENCES), ("normalise", NORMALISATIONS)):
+            if step[field] not in allowed:
+                raise UserError(
+                    f"config.data.modalities.{modality}.{field}={step[field]!r}: must be one of "
+                    f"{', '.join(map(repr, allowed))}"
+                )
+        if step["reduce"] < 0:
+            raise UserError(f"config.data.modalities.{modality}.reduce={step['reduce']}: must be at least 0")
+    if config.data.num_frames < 1:
+        raise UserError(f"config.data.num_frames={config.data.num_frames}: must be at least 1")
+    if config.data.short not in ("repeat", "mask"):
+        raise UserError(f"config.data.short={config.data.short!r}: must be one of 'repeat', 'mask'")
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+def _load(config: ConfigDict) -> StudyData:
+    from data_builders import ensure_dataset
+
+    extractors = {name: step["extractor"] for name, step in config.data.modalities.items()}
+    version_dir = ensure_dataset(config.data, tuple(extractors.values()))
+    data = load_dataset(version_dir, extractors, num_frames=config.data.num_frames, short=config.data.short)
+    if config.data.shuffle_labels:
+        labels = data.clip_labels.copy()
+        train = np.flatnonzero(data.labelled)
+        labels[train] = labels[np.random.default_rng(config.seed).permutation(train)]
+        data = dataclasses.replace(data, clip_labels=labels)
+    return data
+
+
+@dataclasses.dataclass(frozen=True)
+class _Plan:
+    """Everything about a study that is settled before the first step."""
+
+    data: StudyData
+    clip_fold: np.ndarray  # (C,)
+    members: list[Member]
+    inputs: list[engine.MemberInputs]
+    inner: np.ndarray  # (M, N) bool
+    arrays: engine.Arrays  # on the host
+    maps: dict[str, list[FeatureMap] | None]
+    recipe: engine.Recipe
+    num_steps: int
+
+
+def _plan(config: ConfigDict, data: StudyData) -> _Plan:
+    train_clips = np.flatnonzero(data.labelled)
+    clip_fold = np.full(len(data.clip_name), -1, np.int32)
+    clip_fold[train_clips] = make_folds(
+        data.clip_labels[train_clips],
+        data.clip_subject[train_clips],
+        scheme=config.folds.scheme,
+        num_folds=config.folds.num,
+        seed=config.folds.seed,
+    )
+    num_folds = int(clip_fold.max()) + 1
+    folds = tuple(config.study.only_folds) or tuple(range(num_folds))
+    if not set(folds) <= set(range(num_folds)):
+        raise UserError(f"config.study.only_folds={folds}: the folds are 0 to {num_folds - 1}")
+    seeds = range(config.study.first_seed, config.study.first_seed + config.study.num_seeds)
+    members = make_members(folds, seeds, config.train, config.grid)
+
+    steps = {name: dict(step) for name, step in config.data.modalities.items()}
+    prepared, maps = prepare_features(data, clip_fold, num_folds, steps)
+    inputs = {"features": prepared, "frame_mask": data.frame_mask[None]}
+    labels = np.maximum(data.clip_labels, 0)[data.sample_clip].astype(np.float32)  # (N, L)
+
+    sample_fold = clip_fold[data.sample_clip]  # (N,)
+    inner = np.zeros((len(members), len(sample_fold)), bool)
+    splits: dict[tuple[int, int], np.ndarray] = {}
+    for row, member in enumerate(members):
+        if (member.fold, member.seed) not in splits:
+            rest = train_clips[clip_fold[train_clips] != member.fold]
+            clip_inner = np.zeros(len(clip_fold), bool)
+            clip_inner[rest] = inner_split(
+                data.clip_labels[rest],
+                data.clip_subject[rest],
+                scheme=config.folds.scheme,
+                num_inner=config.study.num_inner,
+                fold=member.fold,
+                seed=member.seed,
+            )
+            splits[member.fold, member.seed] = clip_inner[data.sample_clip]
+        inner[row] = splits[member.fold, member.seed]
+    heldout = np.stack([sample_fold == member.fold for member in members])  # (M, N)
+    train_mask = (sample_fold >= 0) & ~heldout & ~inner  # (M, N)
+    num_watched = int((inner | heldout).sum(axis=1).max())
+    recipe = engine.Recipe(
+        epochs=config.train.epochs,
+        batch_size=config.train.batch_size,
+        warmup_fraction=config.train.warmup_fraction,
+        focal_gamma=config.train.focal_gamma if config.train.loss == "focal" else 0.0,
+        balanced=config.train.class_weights == "balanced",
+        patience=config.train.patience,
+    )
+    return _Plan(
+        data=data,
+        clip_fold=clip_fold,
+        members=members,
+        inputs=[
+            engine.member_inputs(
+                member_key(config.seed, member),
+                member.fold,
+                dict(member.hyper),
+                train_mask[row],
+                inner[row],
+                heldout[row],
+                num_watched,
+            )
+            for row, member in enumerate(members)
+        ],
+        inner=inner,
+        arrays=engine.Arrays(inputs=inputs, labels=labels),
+        maps=maps,
+        recipe=recipe,
+        num_steps=-(-int(train_mask.sum(axis=1).max()) // config.train.batch_size),
+    )
+
+
+def block_size(num_members: int, num_devices: int, device_kind: str, wanted: int) -> int:
+    """How many members one compiled call trains.
+
+    On a CPU it does not depend on the number of devices, so neither does any result, to the last bit.
+
+    Args:
+        num_members: Members of the study.
+        num_devices: Devices at hand.
+        device_kind: ``'cpu'`` or another platform.
+        wanted: ``config.study.members_together``; 0 to choose.
+
+    Returns:
+        The number, at most ``num_members``; blocks are of nearly equal size.
+    """
+    if wanted:
+        return min(wanted, num_members)
+    if device_kind == "cpu":
+        blocks = -(-num_members // _CPU_BLOCK)
+        return -(-num_members // blocks)
+    return min(_ACCELERATOR_BLOCK, -(-num_members // num_devices))
+
+
+def _settled_block_size(workdir: Path, chosen: int) -> int:
+    """The block size that the run began with: a resumed run must cut its members into the same blocks."""
+    path = workdir / "blocks.json"
+    if path.is_file():
+        return int(json.loads(path.read_text())["members_together"])
+    atomic_write_text(path, json.dumps({"members_together": chosen}) + "\n")
+    return chosen
+
+
+class _Stopped(Exception):
+    """A signal asked to stop; the block's checkpoint is saved."""
+
+
+def _train_members(config: ConfigDict, workdir: Path, learner: Learner, devices: Sequence[jax.Device]) -> int:
+    data = _load(config)
+    check_data(workdir, data)
+    plan = _plan(config, data)
+    write_tables(workdir, data, plan.clip_fold, plan.members)
+    _save_maps(workdir, plan.maps)
+    chosen = block_size(len(plan.members), len(devices), devices[0].platform, config.study.members_together)
+    size = _settled_block_size(workdir, chosen)
+    blocks = [range(start, min(start + size, len(plan.members))) for start in range(0, len(plan.members), size)]
+    devices = devices[: len(blocks)]
+    _say(
+        f"{config.name}: {len(plan.members)} members ({len(set(m.fold for m in plan.members))} folds x "
+        f"{len(plan.members) // len(set(m.fold for m in plan.members))}), {size} together in one program, on "
+        f"{len(devices)} {devices[0].platform} device{'s' if len(devices) > 1 else ''}"
+    )
+    programs = engine.make_programs(learner, plan.recipe, plan.num_steps)
+    stop = threading.Event()
+    with progress(total=len(plan.members) * plan.recipe.epochs, desc="training", unit="member-epochs") as bar:
+        runner = _BlockRunner(config, workdir, plan, programs, size, stop, bar)
+        signum = _run_on_devices(runner, blocks, devices, stop)
+    if signum:
+        name = signal.Signals(signum).name
+        _say(f"stopped by {name}; checkpoints are in {workdir / 'checkpoints'}; run the same command again to go on")
+        return 128 + signum
+    _assemble(workdir, plan, blocks, learner.gate_names)
+    return 0
+
+
+def _run_on_devices(runner, blocks, devices, stop: threading.Event) -> int:
+    """One thread a device, each taking the next block; returns the number of a signal that stopped it, or 0."""
+    received: list[int] = []
+
+    def on_signal(signum, frame):
+        del frame
+        received.append(signum)
+        stop.set()
+
+    waiting: queue.SimpleQueue = queue.SimpleQueue()
+    for number, rows in enumerate(blocks):
+        waiting.put((number, rows))
+
+    def work(device):
+        with jax.default_device(device):
+            while not stop.is_set():
+                try:
+                    number, rows = waiting.get_nowait()
+                except queue.Empty:
+                    return
+                runner.run(number, rows, device)
+
+    main_thread = threading.current_thread() is threading.main_thread()
+    handled = (signal.SIGTERM, signal.SIGINT) if main_thread else ()
+    previous = {signum: signal.signal(signum, on_signal) for signum in handled}
+    pool = concurrent.futures.ThreadPoolExecutor(len(devices), thread_name_prefix="device")
+    failure = None
+    try:
+        futures = [pool.submit(work, device) for device in devices]
+        pending, deadline = set(futures), None
+        while pending:
+            done, pending = concurrent.futures.wait(pending, timeout=0.2)
+            for future in done:
+                error = future.exception()
+                if error is not None and not isinstance(error, _Stopped):
+                    failure = failure or error
+                    stop.set()  # the other devices save and stop
+            if received:
+                deadline = deadline or time.monotonic() + _GRACE_SECONDS
+                if time.monotonic() > deadline:
+                    _say(
+                        f"stopped by {signal.Signals(received[0]).name} in the middle of a long call; the last "
+                        "checkpoints are kept; run the same command again to go on"
+                    )
+                    os._exit(128 + received[0])
+    finally:
+        pool.shutdown(wait=True)
+        for signum, handler in previous.items():
+            signal.signal(signum, handler)
+    if failure is not None:
+        raise failure
+    return received[0] if received else 0
+
+
+class _BlockRunner:
+    """Trains one block of members at a time on one device; blocks share nothing but the compiled programs."""
+
+    def __init__(self, config, workdir, plan, programs, size, stop, bar):
+        self._config, self._workdir, self._plan = config, workdir, plan
+        self._programs, self._size, self._stop, self._bar = programs, size, stop, bar
+        self._lock = threading.Lock()
+
+    def run(self, number: int, rows: range, device: jax.Device) -> None:
+        """Trains members ``rows``, from their newest checkpoint where there is one.
+
+        Raises:
+            _Stopped: A signal came; what was reached is saved.
+            UserError: Results cannot be written.
+        """
+        plan, epochs = self._plan, self._plan.recipe.epochs
+        path = block_path(self._workdir, number)
+        if path.is_file():
+            self._update(len(rows) * epochs)
+            return
+        arrays = jax.device_put(plan.arrays, device)
+        # The last block is filled up with copies of its first member, so that all blocks run the same program.
+        padded = [*rows, *[rows[0]] * (self._size - len(rows))]
+        members = jax.device_put(engine.stack_members([plan.inputs[row] for row in padded]), device)
+        checkpoints = BlockCheckpoints(self._workdir / "checkpoints" / f"block_{number:04d}")
+        history = _empty_history(self._size, epochs, plan)
+        epoch = checkpoints.latest() or 0
+        if epoch:
+            state = jax.eval_shape(self._programs.init, arrays, members)
+            abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), {"state": state, **history})
+            saved = checkpoints.restore(epoch, abstract)
+            state = jax.device_put(saved.pop("state"), device)
+            history = {name: np.array(values) for name, values in saved.items()}
+        else:
+            state = self._programs.init(arrays, members)
+        self._update(len(rows) * epoch)
+        saved_at = time.monotonic()
+        stride = self._config.study.epochs_per_call
+        while epoch < epochs and not bool(np.all(state.stopped | (state.diverged_at >= 0))):
+            count = min(stride, epochs - epoch)
+            numbers = jnp.arange(epoch + 1, epoch + 1 + stride, dtype=jnp.int32)  # beyond the last they do nothing
+            state, watch = self._programs.epochs(arrays, members, state, numbers)
+            _record(history, watch, epoch, count)
+            epoch += count
+            self._log(rows, history, epoch - count, epoch)
+            self._update(len(rows) * count)
+            if self._stop.is_set():
+                checkpoints.save(epoch, {"state": state, **history})
+                raise _Stopped
+            if epoch < epochs and time.monotonic() - saved_at >= self._config.study.checkpoint_seconds:
+                saved_at = time.monotonic()
+                try:
+                    checkpoints.save(epoch, {"state": state, **history})
+                except UserError as error:
+                    # What is in memory is worth more than an early end: a later checkpoint may succeed.
+                    _say(f"warning: {error}; training goes on and tries again")
+        self._update(len(rows) * (epochs - epoch))
+        self._save_block(number, rows, arrays, members, state, history)
+        checkpoints.remove()
+
+    def _save_block(self, number, rows, arrays, members, state, history) -> None:
+        results = {
+            name: np.asarray(value)[: len(rows)]
+            for name, value in self._programs.finish(arrays, members, state).items()
+        }
+        diverged_at = np.asarray(state.diverged_at)[: len(rows)]
+        for row, step in zip(rows, diverged_at, strict=True):
+            if step >= 0:
+                _say(
+                    f"warning: member {self._plan.members[row].id} diverged at step {step} and was frozen; the others go on"
+                )
+        variables = jax.tree.map(lambda x: np.asarray(x)[: len(rows)], state.best_variables)
+        save_tree(self._workdir / "params" / f"block_{number:04d}", variables)
+        atomic_savez(
+            block_path(self._workdir, number),
+            **results,
+            **{f"curve_{name}": values[: len(rows)] for name, values in history.items()},
+            diverged_at=diverged_at,
+            best_epoch=np.asarray(state.best_epoch)[: len(rows)],
+        )
+
+    def _update(self, count: int) -> None:
+        with self._lock:
+            self._bar.update(count)
+
+    def _log(self, rows, history, first, last) -> None:
+        """Appends one line a member and epoch; a line that a kill cut short is dropped when the file is rewritten."""
+        lines = _metric_lines([self._plan.members[row].id for row in rows], history, first, last)
+        with self._lock, open(self._workdir / "metrics.jsonl", "a") as stream:
+            stream.write("".join(lines))
+
+
+def block_path(workdir: Path, number: int) -> Path:
+    """Where a finished block keeps its predictions until all blocks are joined."""
+    return workdir / "blocks" / f"block_{number:04d}.npz"
+
+
+def _empty_history(size: int, epochs: int, plan: _Plan) -> dict[str, np.ndarray]:
+    watched = plan.inputs[0].watched.shape[0]
+    history = {name: np.full((size, epochs), np.nan, np.float32) for name in _HISTORY}
+    history["probabilities"] = np.full((size, epochs, watched, len(LABELS)), np.nan, np.float32)
+    return history
+
+
+def _record(history: dict[str, np.ndarray], watch: engine.Watch, epoch: int, count: int) -> None:
+    for name in _HISTORY:
+        history[name][:, epoch : epoch + count] = np.asarray(getattr(watch, name))[:, :count]
+    history["probabilities"][:, epoch : epoch + count] = np.asarray(watch.heldout_probabilities)[:, :count]
+
+
+def _metric_lines(ids: Sequence[str], history: Mapping[str, np.ndarray], first: int, last: int) -> list[str]:
+    lines = []
+    for epoch in range(first, last):
+        for row, member in enumerate(ids):
+            values = {name: float(history[name][row, epoch]) for name in _HISTORY}
+            values = {name: round(value, 6) if np.isfinite(value) else None for name, value in values.items()}
+            lines.append(json.dumps({"member": member, "epoch": epoch + 1, **values}) + "\n")
+    return lines
+
+
+def _save_maps(workdir: Path, maps: Mapping[str, list[FeatureMap] | None]) -> None:
+    """Keeps what was fitted on training folds, so that new clips can be mapped as the members saw theirs."""
+    arrays = {}
+    for modality, fitted in maps.items():
+        for fold, feature_map in enumerate(fitted or ()):
+            for field in dataclasses.fields(feature_map):
+                value = getattr(feature_map, field.name)
+                if value is not None:
+                    arrays[f"{modality}/fold{fold}/{field.name}"] = value
+    atomic_savez(workdir / "feature_maps.npz", **arrays)
+
+
+def _assemble(workdir: Path, plan: _Plan, blocks: Sequence[range], gate_names: Sequence[str]) -> None:
+    """Joins the blocks into ``predictions.npz`` and ``metrics.jsonl``, members in the study's order."""
+    parts = []
+    for number in range(len(blocks)):
+        with np.load(block_path(workdir, number)) as archive:
+            parts.append({name: archive[name] for name in archive.files})
+    joined = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+    data, members = plan.data, plan.members
+    watched = np.stack([np.asarray(member.watched) for member in plan.inputs])
+    heldout = np.stack([np.asarray(member.watched_heldout) for member in plan.inputs])
+    rows = int(heldout.sum(axis=1).max())  # held-out samples stand first
+    diverged = joined["diverged_at"] >= 0
+    hyper = {
+        name: np.array([dict(member.hyper)[name] for member in members], np.float32) for name, _ in members[0].hyper
+    }
+    results = StudyResults(
+        clip_name=data.clip_name,
+        clip_id=data.clip_id,
+        clip_subject=data.clip_subject,
+        clip_split=data.clip_split,
+        clip_labels=data.clip_labels,
+        clip_fold=plan.clip_fold,
+        sample_clip=data.sample_clip,
+        sample_view=data.sample_view,
+        member_id=np.array([member.id for member in members]),
+        member_fold=np.array([member.fold for member in members], np.int32),
+        member_seed=np.array([member.seed for member in members], np.int32),
+        member_status=np.where(diverged, "diverged", "ok"),
+        member_stop_epoch=joined["best_epoch"],
+        probabilities=joined["probabilities"],
+        inner=plan.inner,
+        curve_epoch=np.arange(1, plan.recipe.epochs + 1, dtype=np.int32),
+        **{f"curve_{name}": joined[f"curve_{name}"] for name in _HISTORY},
+        curve_sample=np.where(heldout, watched, -1)[:, :rows],
+        curve_probabilities=joined["curve_probabilities"][:, :, :rows],
+        gate=joined.get("gate", np.zeros((len(members), 0), np.float32)),
+        gate_name=np.array(gate_names, dtype=np.str_),
+        hyper=hyper,
+        attention={
+            name.removeprefix("attention_"): values[:, :rows]
+            for name, values in joined.items()
+            if name.startswith("attention_")
+        },
+    )
+    lines = _metric_lines(
+        [member.id for member in members],
+        {name: joined[f"curve_{name}"] for name in _HISTORY},
+        0,
+        plan.recipe.epochs,
+    )
+    atomic_write_bytes(workdir / "metrics.jsonl", "".join(lines).encode())
+    results.save(workdir / FILENAME)
+    for number in range(len(blocks)):
+        block_path(workdir, number).unlink()
+    block_path(workdir, 0).parent.rmdir()
+
+
+def _report(config: ConfigDict, workdir: Path) -> None:
+    from mer_jax.report.html import write_report
+    from mer_jax.report.tables import terminal_table
+
+    results = StudyResults.load(workdir)
+    summary = summarise(results, config.evaluation.to_dict())
+    atomic_write_text(workdir / "summary.json", json.dumps(summary, indent=1) + "\n")
+    report = write_report(workdir)
+    print(terminal_table(summary))
+    print(f"\nreport: {report}")

@@ -1,0 +1,134 @@
+"""The folder of a run: what is written at its start, and the refusal to mix two runs."""
+
+import csv
+import hashlib
+import importlib.metadata
+import io
+import json
+import platform
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+from ml_collections import ConfigDict
+
+import mer_jax
+from mer_jax.clips.layouts import LABELS
+from mer_jax.errors import UserError
+from mer_jax.files import atomic_write_text
+from mer_jax.study.config import NEUTRAL_FIELDS, refuse_other_config, to_json
+from mer_jax.study.data import StudyData
+from mer_jax.study.members import Member
+
+PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "tensorflow-datasets", "numpy", "mediapipe")
+
+
+def open_workdir(config: ConfigDict, workdir: Path, overrides: Mapping) -> None:
+    """Starts a run's folder, or checks that the run in it is this one.
+
+    Args:
+        config: The resolved config.
+        workdir: The folder.
+        overrides: Fields given on the command line.
+
+    Raises:
+        UserError: The folder holds a run of another config, or cannot be used.
+    """
+    path = workdir / "config.json"
+    if path.is_file():
+        try:
+            earlier = json.loads(path.read_text())
+        except (OSError, ValueError) as error:
+            raise UserError(f"{path}: cannot be read ({error}); delete {workdir} to start afresh") from error
+        refuse_other_config(config, earlier, str(workdir))
+        return
+    if workdir.is_dir() and any(workdir.iterdir()):
+        raise UserError(f"{workdir} is not empty and holds no study; choose another --workdir")
+    # The config comes last: a folder with a config is a folder that was fully started.
+    atomic_write_text(workdir / "overrides.json", json.dumps(dict(overrides), indent=2, default=str) + "\n")
+    atomic_write_text(workdir / "versions.json", json.dumps(versions(), indent=2) + "\n")
+    atomic_write_text(path, to_json(config))
+
+
+def versions() -> dict[str, str]:
+    """Versions of what a result depends on."""
+    found = {
+        "mer_jax": mer_jax.__version__,
+        "python": platform.python_version(),
+        "machine": platform.machine(),
+    }
+    for package in PACKAGES:
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            found[package] = "absent"
+    return found
+
+
+def check_data(workdir: Path, data: StudyData) -> None:
+    """Lets a run go on only with the data that it began with.
+
+    Raises:
+        UserError: The data set differs from the one that the folder was started with.
+    """
+    digest = hashlib.sha256()
+    for array in (data.clip_name, data.clip_labels, data.clip_split, data.sample_clip, data.frame_mask):
+        digest.update(np.ascontiguousarray(array))
+    for modality in sorted(data.features):
+        digest.update(modality.encode())
+        digest.update(np.ascontiguousarray(data.features[modality]))
+    found = {"sha256": digest.hexdigest(), "clips": len(data.clip_name), "samples": len(data.sample_clip)}
+    path = workdir / "data.json"
+    if path.is_file() and json.loads(path.read_text()) != found:
+        raise UserError(
+            f"{workdir} holds a study of other data (the data set's features, labels or clips have changed since); "
+            "choose another --workdir, or delete this one to start afresh"
+        )
+    atomic_write_text(path, json.dumps(found, indent=2) + "\n")
+
+
+def write_tables(workdir: Path, data: StudyData, clip_fold: np.ndarray, members: Sequence[Member]) -> None:
+    """Writes ``folds.csv`` (one row a clip) and ``members.csv`` (one row a member)."""
+    rows = [("clip", "id", "subject", "split", "fold", *LABELS)]
+    for index, name in enumerate(data.clip_name):
+        labels = [value if value >= 0 else "" for value in data.clip_labels[index].tolist()]
+        rows.append(
+            (
+                name,
+                data.clip_id[index],
+                data.clip_subject[index],
+                data.clip_split[index],
+                clip_fold[index],
+                *labels,
+            )
+        )
+    atomic_write_text(workdir / "folds.csv", _csv(rows))
+    names = [name for name, _ in members[0].hyper]
+    rows = [("member", "fold", "seed", *names)]
+    rows += [(member.id, member.fold, member.seed, *(value for _, value in member.hyper)) for member in members]
+    atomic_write_text(workdir / "members.csv", _csv(rows))
+
+
+def _csv(rows: Sequence[Sequence]) -> str:
+    text = io.StringIO()
+    csv.writer(text, lineterminator="\n").writerows(rows)
+    return text.getvalue()
+
+
+def default_workdir(config: ConfigDict, overrides: Mapping) -> Path:
+    """``runs/<name>``, with the overrides in the name, so that variations of a config do not meet in one folder.
+
+    Args:
+        config: The resolved config; its ``name`` comes first.
+        overrides: Fields given on the command line and their values.
+
+    Returns:
+        The folder, relative to the current one.
+    """
+    told = {key: value for key, value in overrides.items() if key not in NEUTRAL_FIELDS}
+    suffix = "".join(f"-{key}={value}" for key, value in sorted(told.items()))
+    suffix = re.sub(r"[^A-Za-z0-9.,=_-]+", "_", suffix)
+    if len(suffix) > 100:  # folder names have a limit
+        suffix = f"-{hashlib.sha256(suffix.encode()).hexdigest()[:12]}"
+    return Path("runs") / f"{config.name}{suffix}"
