@@ -63,9 +63,7 @@ def single_label_counts(
     """
     classes = np.arange(num_classes)
     mask = None if mask is None else np.asarray(mask, bool)[..., None]
-    return confusion_counts(
-        np.asarray(truth)[..., None] == classes, np.asarray(prediction)[..., None] == classes, mask
-    )
+    return confusion_counts(np.asarray(truth)[..., None] == classes, np.asarray(prediction)[..., None] == classes, mask)
 
 
 def _ratio(numerator: np.ndarray, denominator: np.ndarray, absent: str) -> np.ndarray:
@@ -85,9 +83,7 @@ def mean_over_classes(values: np.ndarray) -> np.ndarray:
         ``(...)``.
     """
     defined = ~np.isnan(values)
-    return _ratio(
-        np.where(defined, values, 0.0).sum(axis=-1), defined.sum(axis=-1).astype(np.float64), "skip"
-    )
+    return _ratio(np.where(defined, values, 0.0).sum(axis=-1), defined.sum(axis=-1).astype(np.float64), "skip")
 
 
 def binary_f1(counts: Counts, absent: str = "zero") -> np.ndarray:

@@ -70,9 +70,7 @@ def sequence_id(name: str) -> int:
     """
     found = re.search(r"\d+", name)
     if found is None:
-        raise UserError(
-            f"sequence {name!r}: no integer in its name to be the Id; rename it, e.g. to 'seq_12'"
-        )
+        raise UserError(f"sequence {name!r}: no integer in its name to be the Id; rename it, e.g. to 'seq_12'")
     return int(found.group())
 
 
@@ -92,9 +90,7 @@ def write_submission(path: str | os.PathLike, ids: Sequence[int], predictions: n
     """
     ids, predictions = np.asarray(ids, np.int64), np.asarray(predictions)
     if predictions.shape != (len(ids), len(LABELS)) or not np.isin(predictions, (0, 1)).all():
-        raise ValueError(
-            f"predictions must be ({len(ids)}, {len(LABELS)}) of 0 and 1, got {predictions.shape}"
-        )
+        raise ValueError(f"predictions must be ({len(ids)}, {len(LABELS)}) of 0 and 1, got {predictions.shape}")
     _check_unique(ids, [f"row {row}" for row in range(len(ids))])
     rows = [",".join(("Id", *LABELS))]
     for row in np.argsort(ids):
@@ -106,7 +102,5 @@ def _check_unique(ids: np.ndarray, names: list[str]) -> None:
     first: dict[int, str] = {}
     for number, name in zip(ids.tolist(), names, strict=True):
         if number in first:
-            raise UserError(
-                f"Id {number}: given to both {first[number]!r} and {name!r}; one row per Id, rename one"
-            )
+            raise UserError(f"Id {number}: given to both {first[number]!r} and {name!r}; one row per Id, rename one")
         first[number] = name

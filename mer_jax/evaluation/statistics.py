@@ -162,9 +162,7 @@ def resample_counts(
     drawn = np.zeros((num_replicates, len(names)))
     for stratum in np.unique(unit_stratum):
         members = np.flatnonzero(unit_stratum == stratum)
-        drawn[:, members] = rng.multinomial(
-            len(members), np.full(len(members), 1 / len(members)), size=num_replicates
-        )
+        drawn[:, members] = rng.multinomial(len(members), np.full(len(members), 1 / len(members)), size=num_replicates)
     return drawn[:, row_unit]
 
 
@@ -302,9 +300,7 @@ def mean_over_seeds(scores: np.ndarray, seeds: np.ndarray) -> np.ndarray:
     Returns:
         ``(B,)`` or ``(B, K)``.
     """
-    return np.einsum("bs...,bs->b...", scores, seeds) / seeds.sum(axis=1).reshape(
-        -1, *[1] * (scores.ndim - 2)
-    )
+    return np.einsum("bs...,bs->b...", scores, seeds) / seeds.sum(axis=1).reshape(-1, *[1] * (scores.ndim - 2))
 
 
 def hierarchical_replicates(
@@ -379,9 +375,7 @@ def variance_components(scores: np.ndarray) -> VarianceComponents | None:
     return VarianceComponents(max(0.0, float(fold)), max(0.0, float(seed)), float(ms_rest), truncated)
 
 
-def seeds_needed(
-    sd: float, half_width: float, confidence: float = 0.95, limit: int = 1_000_000
-) -> int | None:
+def seeds_needed(sd: float, half_width: float, confidence: float = 0.95, limit: int = 1_000_000) -> int | None:
     """The least number of seeds whose t interval of the mean is at most ``half_width`` to either side.
 
     Args:
@@ -577,7 +571,7 @@ class PairedClips(NamedTuple):
         interval: Paired hierarchical bootstrap over clips (or subjects) and seeds.
         p_value: Swap test: the decisions of A and B change places for whole clips (or subjects), all seeds
             together.
-        probability_a_better: Share of bootstrap replicates in which A is ahead, ties one half.
+        probability_a_better: Share of the (centred) replicates in which A is ahead, ties one half.
     """
 
     mean: float
@@ -624,15 +618,14 @@ def paired_clip_comparison(
     stacked = (np.tile(truth, (2, 1)), both, np.tile(mask, (2, 1)))
     twice = None if groups is None else np.tile(groups, 2)
     one = weighted_scores(*stacked, np.concatenate([1 - from_b, from_b], axis=1), metric, twice).mean(axis=1)
-    other = weighted_scores(*stacked, np.concatenate([from_b, 1 - from_b], axis=1), metric, twice).mean(
-        axis=1
-    )
+    other = weighted_scores(*stacked, np.concatenate([from_b, 1 - from_b], axis=1), metric, twice).mean(axis=1)
     at_least = np.sum(np.abs(one - other) >= abs(mean) - 1e-12)
+    centred = replicates - np.nanmean(replicates) + mean
     return PairedClips(
         mean=mean,
         interval=centred_interval(replicates, mean, confidence),
         p_value=float((at_least + 1) / (len(from_b) + 1)),
-        probability_a_better=float(np.mean(replicates > 0) + 0.5 * np.mean(replicates == 0)),
+        probability_a_better=float(np.mean(centred > 0) + 0.5 * np.mean(centred == 0)),
     )
 
 

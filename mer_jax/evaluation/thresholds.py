@@ -18,9 +18,7 @@ THRESHOLD_MODES = ("fixed", *TUNED_MODES)
 UNTUNED = 0.5
 
 
-def apply_thresholds(
-    probabilities: np.ndarray, thresholds: float | Sequence[float] | np.ndarray
-) -> np.ndarray:
+def apply_thresholds(probabilities: np.ndarray, thresholds: float | Sequence[float] | np.ndarray) -> np.ndarray:
     """Decisions ``probabilities >= thresholds``.
 
     Args:

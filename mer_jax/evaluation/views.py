@@ -5,9 +5,7 @@ import numpy as np
 VIEW_RULES = ("mean", "max", "or")
 
 
-def combine_views(
-    probabilities: np.ndarray, sample_clip: np.ndarray, num_clips: int, how: str = "mean"
-) -> np.ndarray:
+def combine_views(probabilities: np.ndarray, sample_clip: np.ndarray, num_clips: int, how: str = "mean") -> np.ndarray:
     """One probability per clip and class from those of its views, however many it has.
 
     ``'or'`` (a class is present when any view reaches its threshold) is the maximum: some view reaches a

@@ -62,9 +62,7 @@ def resolve_evaluation(settings: Mapping[str, Any] | None = None) -> dict[str, A
         "fixed_threshold",
         f"a number in [0, 1], or {len(LABELS)} of them in the order {', '.join(LABELS)}",
     )
-    resolved["fixed_threshold"] = (
-        float(values[0]) if isinstance(fixed, numbers.Real) else [float(v) for v in values]
-    )
+    resolved["fixed_threshold"] = float(values[0]) if isinstance(fixed, numbers.Real) else [float(v) for v in values]
     require(
         isinstance(resolved["negative_excludes_positive"], bool),
         "negative_excludes_positive",
@@ -77,9 +75,7 @@ def resolve_evaluation(settings: Mapping[str, Any] | None = None) -> dict[str, A
         "an integer of at least 100",
     )
     confidence = resolved["confidence"]
-    require(
-        isinstance(confidence, numbers.Real) and 0 < confidence < 1, "confidence", "a number between 0 and 1"
-    )
+    require(isinstance(confidence, numbers.Real) and 0 < confidence < 1, "confidence", "a number between 0 and 1")
     return resolved
 
 
@@ -132,6 +128,14 @@ class HeldOut:
         """Decisions ``(..., 5)`` under the study's settings, see :func:`decide`."""
         return decide(probabilities, cut, self.evaluation)
 
+    def take_clips(self, order: np.ndarray) -> "HeldOut":
+        """The same study with its clips in another order ``(N,)``."""
+        return dataclasses.replace(
+            self,
+            **{name: getattr(self, name)[order] for name in ("name", "fold", "subject", "truth", "mask")},
+            probabilities=self.probabilities[:, order],
+        )
+
     @property
     def fold_index(self) -> np.ndarray:
         """``(N,)`` position of each clip's fold among the folds."""
@@ -177,9 +181,7 @@ class StudyMembers:
         rows, setting = np.unique(values, axis=0, return_inverse=True)
         setting = setting.reshape(-1)
         if len(np.unique(np.column_stack([pairs, setting]), axis=0)) != num_members:
-            raise UserError(
-                "two members share fold, seed and hyper-parameters; give the study distinct settings"
-            )
+            raise UserError("two members share fold, seed and hyper-parameters; give the study distinct settings")
         return setting, [dict(zip(names, map(float, row), strict=True)) for row in rows]
 
     def members(self, setting: int, fold: int) -> np.ndarray:
@@ -245,12 +247,9 @@ class StudyMembers:
         seeds = self.complete_seeds(chosen) if seeds is None else seeds
         results = self.results
         if not len(seeds):
-            diverged = (
-                ", ".join(results.member_id[~results.ok].tolist()) or "none diverged, some were never trained"
-            )
+            diverged = ", ".join(results.member_id[~results.ok].tolist()) or "none diverged, some were never trained"
             raise UserError(
-                f"no seed finished in every fold ({diverged}): nothing to score; lower the learning rate or "
-                "add seeds"
+                f"no seed finished in every fold ({diverged}): nothing to score; lower the learning rate or add seeds"
             )
         member = np.stack(
             [

@@ -34,15 +34,12 @@ DEFINITIONS = {
     "present_absent_macro_f1": "For each label the mean of F1(present) and F1(absent), averaged over the "
     "labels; far higher than macro-F1 on the same decisions.",
     "uar": "Unweighted average recall of 'present' over the labels; does not punish false alarms.",
-    "balanced_accuracy": "Mean over labels of the mean recall of 'present' and 'absent'; 0.5 for a constant "
-    "answer.",
-    "auroc": "Area under the ROC curve per label; labels without positives or negatives are left out, and "
-    "counted.",
+    "balanced_accuracy": "Mean over labels of the mean recall of 'present' and 'absent'; 0.5 for a constant answer.",
+    "auroc": "Area under the ROC curve per label; labels without positives or negatives are left out, and counted.",
     "average_precision": "Average precision per label; labels without positives are left out, and counted.",
     "pooled": "The held-out decisions of all folds are put together and scored once per seed. For labels "
     "this is UF1 (macro_f1) and UAR (uar) as MEGC pools them.",
-    "fold_mean": "Each held-out fold is scored by itself, then the folds are averaged (the fusion paper's "
-    "figure).",
+    "fold_mean": "Each held-out fold is scored by itself, then the folds are averaged (the fusion paper's figure).",
     "values": "One score per seed; the mean is the expected score of one training run, not of an ensemble.",
     "seed_ci": "Bootstrap over seeds: training noise only, for these clips; percentile, and BCa beside it.",
     "clip_ci": "Bootstrap over held-out clips (subjects where known) and seeds together: what to trust for "
@@ -52,12 +49,9 @@ DEFINITIONS = {
     "untuned": "The same probabilities, present at 0.5 or more.",
     "ensemble": "Probabilities averaged over the seeds of a fold before they are thresholded.",
     "chance": "The same decisions against label vectors permuted within each held-out fold.",
-    "variance": "Two-way random effects on the (fold, seed) macro-F1 matrix by the method of moments, cut "
-    "off at 0.",
-    "leaky": "Epoch or thresholds chosen on the held-out fold itself: too high by construction, to compare "
-    "only.",
-    "seeds_needed": "Seeds for a t interval of the pooled macro-F1 of at most this half width; training "
-    "noise only.",
+    "variance": "Two-way random effects on the (fold, seed) macro-F1 matrix by the method of moments, cut off at 0.",
+    "leaky": "Epoch or thresholds chosen on the held-out fold itself: too high by construction, to compare only.",
+    "seeds_needed": "Seeds for a t interval of the pooled macro-F1 of at most this half width; training noise only.",
 }
 
 _PAIR_NAMES = ("macro_f1", "present_absent_macro_f1", "uar", "balanced_accuracy")
@@ -217,7 +211,7 @@ def summarise(results: StudyResults, evaluation: Mapping[str, Any] | None = None
         "settings": _settings(study, chosen),
     }
     summary["notes"] = _notes(summary)
-    return _plain(summary)
+    return plain(summary)
 
 
 def _sd(values: np.ndarray) -> float | None:
@@ -369,17 +363,13 @@ def _folds(study: StudyMembers, chosen: list[int]) -> list[dict[str, Any]]:
     return entries
 
 
-def _member_counts(
-    study: StudyMembers, members: np.ndarray, rows: np.ndarray, tuned: np.ndarray
-) -> metrics.Counts:
+def _member_counts(study: StudyMembers, members: np.ndarray, rows: np.ndarray, tuned: np.ndarray) -> metrics.Counts:
     decisions = decide(study.probabilities[members][:, rows], tuned, study.evaluation)
     return metrics.confusion_counts(study.truth[rows], decisions, study.mask[rows])
 
 
 def _threshold_curve(study: StudyMembers, chosen: list[int], held: HeldOut) -> dict[str, Any]:
-    heldout, heldout_per_class = thresholds.threshold_curve(
-        held.truth, held.probabilities, CURVE_THRESHOLDS, held.mask
-    )
+    heldout, heldout_per_class = thresholds.threshold_curve(held.truth, held.probabilities, CURVE_THRESHOLDS, held.mask)
     pooled = [study.inner_rows(s, f) for s, f in zip(chosen, study.folds, strict=True)]
     inner = inner_per_class = None
     if all(len(truth) for truth, _, _ in pooled):
@@ -399,9 +389,7 @@ def _threshold_curve(study: StudyMembers, chosen: list[int], held: HeldOut) -> d
     }
 
 
-def _leaky(
-    study: StudyMembers, held: HeldOut, scorer: _Scorer, honest: dict, untuned: dict
-) -> dict[str, Any]:
+def _leaky(study: StudyMembers, held: HeldOut, scorer: _Scorer, honest: dict, untuned: dict) -> dict[str, Any]:
     """What choosing on the held-out fold would have claimed; nothing here feeds any other figure."""
     mode = held.evaluation["thresholds"] if study.tuned else "global"
     shape = (len(held.seeds), *held.truth.shape)
@@ -453,9 +441,7 @@ def _epoch_probabilities(study: StudyMembers, member: int, rows: np.ndarray) -> 
     local = np.where(sample >= 0, position[results.sample_clip[sample.clip(0)]], -1)
     kept = local >= 0
     if set(local[kept].tolist()) != set(range(len(rows))):
-        raise UserError(
-            f"member {results.member_id[member]}: its learning curve lacks held-out clips; train again"
-        )
+        raise UserError(f"member {results.member_id[member]}: its learning curve lacks held-out clips; train again")
     return combine_views(
         results.curve_probabilities[member][:, kept], local[kept], len(rows), study.evaluation["views"]
     )
@@ -501,9 +487,7 @@ def _notes(summary: dict[str, Any]) -> list[str]:
     if len(study["seeds"]) == 1:
         notes.append("One seed only: training noise is unknown, and the intervals hold none of it.")
     if study["subjects"] is None:
-        notes.append(
-            "Subjects are unknown: clips are resampled as if independent, so intervals may be too narrow."
-        )
+        notes.append("Subjects are unknown: clips are resampled as if independent, so intervals may be too narrow.")
     if len(summary["settings"]) > 1:
         notes.append(
             f"{len(summary['settings'])} settings: each fold uses the one of least inner loss; "
@@ -511,20 +495,18 @@ def _notes(summary: dict[str, Any]) -> list[str]:
         )
     rare = [label for label, count in study["positives"].items() if count < RARE]
     if rare:
-        notes.append(
-            f"Fewer than {RARE} positive clips: {', '.join(rare)}; one changed decision moves F1 a lot."
-        )
+        notes.append(f"Fewer than {RARE} positive clips: {', '.join(rare)}; one changed decision moves F1 a lot.")
     return notes
 
 
-def _plain(value):
+def plain(value: Any) -> Any:
     """JSON-able copy: arrays to lists, NumPy scalars to Python's, what is not finite to None."""
     if isinstance(value, Mapping):
-        return {str(key): _plain(item) for key, item in value.items()}
+        return {str(key): plain(item) for key, item in value.items()}
     if isinstance(value, np.ndarray):
-        return _plain(value.tolist())
+        return plain(value.tolist())
     if isinstance(value, (list, tuple)):
-        return [_plain(item) for item in value]
+        return [plain(item) for item in value]
     if isinstance(value, np.generic):
         value = value.item()
     if isinstance(value, float) and not np.isfinite(value):
@@ -546,9 +528,7 @@ def read_evaluation(workdir: str | os.PathLike) -> dict[str, Any]:
             f"{path}: cannot be read ({error.strerror}); give the folder that scripts/train.py wrote"
         ) from error
     except ValueError as error:
-        raise UserError(
-            f"{path}: not valid JSON ({error}); run scripts/train.py again to rewrite it"
-        ) from error
+        raise UserError(f"{path}: not valid JSON ({error}); run scripts/train.py again to rewrite it") from error
     return dict(config.get("evaluation") or {})
 
 
