@@ -34,8 +34,8 @@ def write_report(workdir: str | os.PathLike) -> Path:
     """Writes ``report.html`` from the files of a finished run.
 
     Only files of the run folder are read: ``summary.json`` and ``predictions.npz``, which must be there, and
-    ``config.json``, ``overrides.json``, ``versions.json`` and ``folds.csv``, whose sections are left out where
-    they are not. The same files give the same bytes.
+    ``config.json``, ``overrides.json``, ``versions.json`` and ``folds.csv``, whose sections are left out
+    where they are not. The same files give the same bytes.
 
     Args:
         workdir: The run folder.
@@ -51,8 +51,7 @@ def write_report(workdir: str | os.PathLike) -> Path:
     summary = _read_json(workdir / "summary.json")
     if summary is None:
         raise UserError(
-            f"{workdir / 'summary.json'}: not found; finish the study first "
-            f"(scripts/train.py --workdir={workdir})"
+            f"{workdir / 'summary.json'}: not found; finish the study first (scripts/train.py --workdir={workdir})"
         )
     page = _Page(
         name=workdir.resolve().name,
@@ -147,9 +146,7 @@ class _Page:
         ]
         built = [(key, title, body) for key, title, make in sections if (body := make())]
         links = " ".join(f'<a href="#{key}">{escape(title)}</a>' for key, title, _ in built)
-        html = {
-            key: f'<section id="{key}"><h2>{escape(title)}</h2>{body}</section>' for key, title, body in built
-        }
+        html = {key: f'<section id="{key}"><h2>{escape(title)}</h2>{body}</section>' for key, title, body in built}
         # These two figures are narrow and belong together.
         html["variance"] = f'<div class="pair">{html["variance"]}{html.pop("width")}</div>'
         return (
@@ -227,7 +224,7 @@ class _Page:
             )
             rows.append(_row(cells, leaky=(5,), css="key" if row.key else ""))
         terms = "".join(
-            f"<dt>{escape(name.replace('_', ' '))}</dt><dd>{escape(text)}</dd>"
+            f"<div><dt><code>{escape(name)}</code></dt><dd>{escape(text)}</dd></div>"
             for name, text in self.summary["definitions"].items()
         )
         notes = "".join(f'<p class="note">{escape(note)}</p>' for note in self.summary["notes"])
@@ -235,7 +232,8 @@ class _Page:
             "<p>Each score is on clips held out from the members that predict them. Thresholds are "
             f"{self._threshold_words()}.</p>{_table(columns, rows, leaky=(5,))}"
             f'<p class="note first"><b>Leaky:</b> {LEAKY_EXPLANATION}</p>{notes}'
-            f'<details><summary>What each name means</summary><dl class="terms">{terms}</dl></details>'
+            "<details><summary>What each figure means, by its name in summary.json</summary>"
+            f'<dl class="terms">{terms}</dl></details>'
         )
 
     def _threshold_words(self) -> str:
@@ -318,20 +316,14 @@ class _Page:
                 for average in ("pooled", "fold_mean"):
                     difference = leak["inflation"][average]
                     cells.append(format_number(leak["macro_f1"][average]["mean"]))
-                    cells.append(
-                        f"{format_signed(difference['mean'])} {format_interval(difference['clip_ci'])}"
-                    )
+                    cells.append(f"{format_signed(difference['mean'])} {format_interval(difference['clip_ci'])}")
                 rows.append(_row(cells, leaky=(1, 3)))
         columns = ["chosen on the clips that are scored"]
         for average in ("pooled", "mean of folds"):
             columns += [f"macro-F1<br>{average}", f"minus honest<br>{self.level} CI"]
-        missing = (
-            ""
-            if self.summary["leaky"]["both"]
-            else "<p>The best epoch is not known: no curves were kept.</p>"
-        )
+        missing = "" if self.summary["leaky"]["both"] else "<p>The best epoch is not known: no curves were kept.</p>"
         return (
-            "<p>The same members, judged as papers often do. The difference to the honest score is no skill.</p>"
+            "<p>The same members, judged as papers often do. What they gain by it is not skill.</p>"
             f"{_table(columns, rows, leaky=(1, 3))}{missing}"
         )
 
@@ -447,9 +439,7 @@ class _Page:
         members, folds = results.member_id[self.used], results.member_fold[self.used]
         if len(names) == 2:
             # The second weight is one minus the first, so one scale shows both.
-            rows = [
-                (f"fold {f}", weights[folds == f, 0], members[folds == f].tolist()) for f in np.unique(folds)
-            ]
+            rows = [(f"fold {f}", weights[folds == f, 0], members[folds == f].tolist()) for f in np.unique(folds)]
             axis, ends = f"weight of {names[0]}", (f"all {names[1]}", f"all {names[0]}")
         else:
             rows = [(name, weights[:, index], members.tolist()) for index, name in enumerate(names)]
@@ -466,9 +456,7 @@ class _Page:
     def attention(self) -> str:
         """Attention over frames per class and modality."""
         series, frames = [], 0
-        for (name, values), colour in zip(
-            self.results.attention.items(), ("green", "purple", "grey"), strict=False
-        ):
+        for (name, values), colour in zip(self.results.attention.items(), ("green", "purple", "grey"), strict=False):
             per_class = self._attention_per_class(values)
             if np.isfinite(per_class).any():
                 series.append((name, colour, np.moveaxis(plots.quantiles(per_class), 0, 1)))  # (C, 3, T)
@@ -491,7 +479,7 @@ class _Page:
         )
 
     def _attention_per_class(self, attention: np.ndarray) -> np.ndarray:
-        """Mean over held-out samples with the label: ``(M, V, T)`` -> ``(M', C, T)``, NaN where none has it."""
+        """Mean over held-out samples of a class: ``(M, V, T)`` -> ``(M', C, T)``, NaN where none is."""
         results = self.results
         rows = results.curve_sample[self.used]  # (M', V)
         attention = attention[self.used].astype(float)  # (M', V, T)
@@ -521,9 +509,7 @@ class _Page:
         ]
         return (
             "<p>Each fold uses the setting of least inner loss. The macro-F1 beside it chooses nothing.</p>"
-            + _table(
-                ["setting", "members", "inner loss per fold", "macro-F1, pooled", "used for folds"], rows
-            )
+            + _table(["setting", "members", "inner loss per fold", "macro-F1, pooled", "used for folds"], rows)
         )
 
     def predictions(self) -> str:
@@ -535,16 +521,13 @@ class _Page:
         for title, wanted in (("held-out clips", results.scored), ("test clips", results.clip_split == TEST)):
             clips = np.flatnonzero(wanted & np.isfinite(probabilities).all(axis=1))
             if len(clips):
-                order = np.lexsort(
-                    [results.clip_name[clips], results.clip_id[clips], results.clip_fold[clips]]
-                )
+                order = np.lexsort([results.clip_name[clips], results.clip_id[clips], results.clip_fold[clips]])
                 rows = [self._clip_row(clip, probabilities[clip]) for clip in clips[order]]
                 table = _table(columns, rows, css="clips")
                 parts.append(f"<details><summary>{len(clips)} {title}</summary>{table}</details>")
         return (
-            "<p>Mean probability over the members that hold the clip out; for test clips, over all members. A "
-            "tick marks a label that the clip has. An orange bar is a wrong decision at the fold's thresholds.</p>"
-            + "".join(parts)
+            "<p>Mean probability over the members that hold the clip out; for test clips, over all. A tick "
+            "marks a label of the clip, an orange bar a wrong decision at the fold's thresholds.</p>" + "".join(parts)
         )
 
     def _clip_probabilities(self) -> np.ndarray:
@@ -564,9 +547,7 @@ class _Page:
         wrong = np.zeros(len(truth), bool)
         thresholds = [entry["thresholds"] for entry in self.summary["folds"] if entry["fold"] == fold]
         if thresholds:
-            wrong = (decide(probabilities, thresholds[0], evaluation) != (truth == 1)) & (
-                truth != UNKNOWN_LABEL
-            )
+            wrong = (decide(probabilities, thresholds[0], evaluation) != (truth == 1)) & (truth != UNKNOWN_LABEL)
         cells = "".join(
             f'<td class="p{" miss" * bool(miss)}{" true" * bool(label == 1)}" style="--p:{value:.2f}">'
             f"{'✓ ' * bool(label == 1)}{value:.2f}</td>"
@@ -589,9 +570,7 @@ class _Page:
             seeds = ", ".join(map(str, study["incomplete_seeds"]))
             words.append(f"Seeds that lack a fold and are left out of figures over all folds: {seeds}.")
         if self.no_face:
-            words.append(
-                f"No face was found, so the crop is the fallback: {escape(', '.join(self.no_face))}."
-            )
+            words.append(f"No face was found, so the crop is the fallback: {escape(', '.join(self.no_face))}.")
         elif self.no_face is not None:
             words.append("A face was found in every clip.")
         rows = [
@@ -637,9 +616,7 @@ def _figure(svg: str, caption: str) -> str:
 def _row(cells: Sequence[str], leaky: Sequence[int] = (), css: str = "") -> str:
     """A table row of HTML ``cells``, the first of them its heading; ``leaky`` are the columns so marked."""
     data = "".join(
-        f"<td{_css('leaky' if index in leaky else '')}>{cell}</td>"
-        for index, cell in enumerate(cells)
-        if index
+        f"<td{_css('leaky' if index in leaky else '')}>{cell}</td>" for index, cell in enumerate(cells) if index
     )
     return f'<tr{_css(css)}><th scope="row">{cells[0]}</th>{data}</tr>'
 
@@ -661,9 +638,7 @@ def _css(name: str) -> str:
 
 
 def _values(leaves: Mapping[str, str]) -> str:
-    rows = "".join(
-        f"<div><dt>{escape(name)}</dt><dd>{escape(text)}</dd></div>" for name, text in leaves.items()
-    )
+    rows = "".join(f"<div><dt>{escape(name)}</dt><dd>{escape(text)}</dd></div>" for name, text in leaves.items())
     return f'<dl class="values">{rows}</dl>'
 
 

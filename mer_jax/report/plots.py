@@ -71,9 +71,7 @@ class _Drawing:
             value = value if isinstance(value, str) else _xy(value)
             pairs += f' {name.replace("_", "-")}="{escape(value)}"'
         inner = (f"<title>{escape(tip)}</title>" if tip else "") + escape(text)
-        self.parts.append(
-            f'<{tag} class="{css}"{pairs}>{inner}</{tag}>' if inner else f'<{tag} class="{css}"{pairs}/>'
-        )
+        self.parts.append(f'<{tag} class="{css}"{pairs}>{inner}</{tag}>' if inner else f'<{tag} class="{css}"{pairs}/>')
 
     def text(self, x, y, text, css="tick", anchor="start") -> None:
         self.add("text", css, text, x=x, y=y, text_anchor=anchor)
@@ -159,9 +157,7 @@ class _Axes:
         for run in _finite_runs(np.asarray(y, float)):
             points = [f"{_xy(self.x(x[i]))} {_xy(self.y(y[i]))}" for i in run]
             if len(points) == 1:
-                self.drawing.dot(
-                    float(self.x(x[run[0]])), float(self.y(y[run[0]])), css.replace("line", "dot")
-                )
+                self.drawing.dot(float(self.x(x[run[0]])), float(self.y(y[run[0]])), css.replace("line", "dot"))
             else:
                 self.drawing.add("path", css, d="M" + "L".join(points))
 
@@ -275,13 +271,14 @@ def _strip(axes, y, lane, values, shape, colour, tips) -> None:
     low, middle, high = (float(axes.x(q)) for q in np.quantile(values[finite], (0.25, 0.5, 0.75)))
     if finite.sum() > 2:
         axes.drawing.rect(low, y - lane * 0.4, high - low, lane * 0.8, f"box {colour}", rx=2)
-        axes.drawing.line(middle, y - lane * 0.4, middle, y + lane * 0.4, f"median {colour}")
     x = axes.x(values[finite])
     radius = 3.0 if lane > 20 else 2.2
     offsets = _swarm(x, 2 * radius, lane / 2 - radius)
     for position, offset, index in zip(x, offsets, np.flatnonzero(finite), strict=True):
         tip = f"{tips[index]}: {format_number(values[index])}"
         axes.drawing.dot(float(position), y + float(offset), f"{shape} {colour}", radius, tip)
+    if finite.sum() > 2:
+        axes.drawing.line(middle, y - lane * 0.45, middle, y + lane * 0.45, "median")
 
 
 def _median(values) -> float:
@@ -303,9 +300,7 @@ def learning_curves(epoch: np.ndarray, losses: Mapping[str, np.ndarray], selecte
     """
     bands = {name: quantiles(values) for name, values in losses.items()}  # (3, E) each
     words = {name: f"{name} {format_number(_last_finite(values[1]))}" for name, values in bands.items()}
-    drawing = _Drawing(
-        WIDTH, 380, "Learning curves. Median loss at the last epoch: " + "; ".join(words.values())
-    )
+    drawing = _Drawing(WIDTH, 380, "Learning curves. Median loss at the last epoch: " + "; ".join(words.values()))
     low, high = _limits(*bands.values(), pad=0.05)
     first, last = float(np.min(epoch)), float(np.max(epoch))
     axes = _Axes(drawing, 56, 40, WIDTH - 56 - 180, 262, (first, max(last, first + 1)), (max(low, 0.0), high))
@@ -415,9 +410,7 @@ def class_bars(
                 f"threshold 0.5: {format_number(untuned[index])}",
             )
         if np.isfinite(leaky[index]):
-            drawing.diamond(
-                float(axes.x(leaky[index])), y, "ring orange", 6.0, f"leaky: {format_number(leaky[index])}"
-            )
+            drawing.diamond(float(axes.x(leaky[index])), y, "ring orange", 6.0, f"leaky: {format_number(leaky[index])}")
         drawing.text(axes.right + 10, y + 4, format_number(score[index]), "value")
     return drawing.svg()
 
@@ -592,8 +585,7 @@ def gate_strips(
     drawing = _Drawing(
         WIDTH,
         top + lane * len(rows) + 48,
-        f"Strip plot of {axis}: "
-        + "; ".join(f"{row} median {format_number(_median(v), 2)}" for row, v, _ in rows),
+        f"Strip plot of {axis}: " + "; ".join(f"{row} median {format_number(_median(v), 2)}" for row, v, _ in rows),
     )
     axes = _Axes(drawing, left, top, WIDTH - left - 20, lane * len(rows), (0.0, 1.0), (0, 1))
     axes.x_axis(axis, np.linspace(0, 1, 6))

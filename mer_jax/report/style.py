@@ -1,7 +1,8 @@
 """How the report looks: one style sheet for light, dark and paper, without any outside resource."""
 
 # Colours are those of Okabe and Ito, which stay apart for all common kinds of colour blindness; dark pages
-# take their lighter variants. Nothing is told by colour alone: leaky figures are also hollow, hatched or in words.
+# take their lighter variants. Nothing is told by colour alone: leaky figures are also hollow, hatched or in
+# words.
 STYLE = """
 :root{color-scheme:light dark;
 --paper:light-dark(#fff,#15181c);--panel:light-dark(#f5f6f8,#1d2126);--ink:light-dark(#1b1f24,#e7eaee);
@@ -54,8 +55,8 @@ figure svg.half{max-width:560px}
 figcaption{margin-top:6px;max-width:74ch}
 details{margin-top:14px}
 summary{cursor:pointer;color:var(--blue);padding:4px 0}
-.terms{margin:8px 0 0;font-size:14px;max-width:80ch}
-.terms dt{font-weight:600}
+.terms{margin:8px 0 0;font-size:14px;columns:2;column-gap:40px}
+.terms div{break-inside:avoid}
 .terms dd{margin:0 0 8px;color:var(--muted)}
 .clips td,.clips th{padding:3px 8px;font-size:14px;vertical-align:middle}
 .clips td.p{min-width:86px;background:linear-gradient(90deg,color-mix(in srgb,var(--blue) 26%,transparent)
@@ -86,7 +87,7 @@ svg .dot{fill:var(--c);fill-opacity:.75}
 svg .ring{fill:var(--paper);fill-opacity:.6;stroke:var(--c);stroke-width:1.5}
 svg .bar{fill:var(--c);fill-opacity:.62}
 svg .box{fill:var(--c);fill-opacity:.16}
-svg .median{stroke:var(--c);stroke-width:2.4}
+svg .median{stroke:var(--ink);stroke-width:2.2}
 svg .cell,svg .tip{fill:var(--c)}
 svg .share{font-size:12px}
 svg .ink{--c:var(--ink)}
@@ -94,7 +95,7 @@ svg .ink{--c:var(--ink)}
 .grey{--c:var(--grey)}
 svg .named{fill:var(--c);font-weight:600}
 @media (max-width:640px){main{padding:20px 14px 48px}h1{font-size:25px}.answer{font-size:18px}
-.values{columns:1}figure{overflow-x:auto}figure svg.full{min-width:680px}}
+.values,.terms{columns:1}figure{overflow-x:auto}figure svg.full{min-width:680px}}
 @media print{:root{color-scheme:light}body{font-size:11pt}main{max-width:none;padding:0}nav{display:none}
 section{margin-top:26px}figure,tr{break-inside:avoid}h2{break-after:avoid}
 details::details-content{content-visibility:visible;block-size:auto}

@@ -81,10 +81,7 @@ def score_rows(summary: Mapping) -> list[Row]:
         row("balanced accuracy, pooled", "Other averages", "balanced_accuracy", "pooled"),
         row("present/absent macro-F1", "Other averages", "present_absent_macro_f1", "pooled"),
     ]
-    rows += [
-        row(f"F1 {label}", "Per class, pooled", "per_class_f1", label, "pooled")
-        for label in summary["labels"]
-    ]
+    rows += [row(f"F1 {label}", "Per class, pooled", "per_class_f1", label, "pooled") for label in summary["labels"]]
     for name, key in (("AUROC", "auroc"), ("AP", "average_precision")):
         for words, average in (("pooled", "pooled"), ("mean of folds", "fold_mean")):
             score = summary[key]["mean"][average]

@@ -24,9 +24,7 @@ CONFIG = {
 }
 
 
-def synthetic_results(
-    num_folds=3, num_seeds=4, clips=48, test_clips=6, epochs=12, frames=18, diverged=(), seed=0
-):
+def synthetic_results(num_folds=3, num_seeds=4, clips=48, test_clips=6, epochs=12, frames=18, diverged=(), seed=0):
     """Results of members that learn a little: a shared signal, a part per fold and seed, and noise."""
     rng = np.random.default_rng(seed)
     total = clips + test_clips
@@ -63,9 +61,7 @@ def synthetic_results(
 
     def losses(floor, overfit):
         path = floor + (0.7 - floor) * np.exp(-epoch / (epochs / 5)) + overfit * (epoch / epochs) ** 2
-        return (path + rng.normal(0, 0.012, (members, epochs)) + rng.normal(0, 0.02, (members, 1))).astype(
-            "f4"
-        )
+        return (path + rng.normal(0, 0.012, (members, epochs)) + rng.normal(0, 0.02, (members, 1))).astype("f4")
 
     weight = np.clip(0.62 + rng.normal(0, 0.08, members) + 0.03 * member_fold, 0, 1)
     apex = np.exp(-(((np.arange(frames) - frames * 0.55) / (frames / 6)) ** 2))
