@@ -1,0 +1,521 @@
+"""Builds the data set: clips, then features (resumable), then TFDS records, moved into place when whole."""
+
+import contextlib
+import fcntl
+import hashlib
+import io
+import json
+import os
+import re
+import shutil
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+
+from data_builders.four_dme import data_card
+from data_builders.four_dme.preparation import (
+    PreparedView,
+    fingerprint,
+    load_prepared,
+    prepare,
+    sample_name,
+    views_of,
+)
+from mer_jax.clips.crops import CropConfig
+from mer_jax.clips.demo import make_demo_clips
+from mer_jax.clips.layouts import LABELS, Clip, read_challenge, read_release
+from mer_jax.errors import UserError
+from mer_jax.extractors.base import EXTRACTORS, get_extractor
+from mer_jax.extractors.feature_files import read_sample_features
+from mer_jax.files import atomic_write_text
+
+CONFIGS = ("demo", "challenge", "release")
+VERSION = "1.0.0"
+DEMO_CLIPS = (100, 28)
+_MAX_NAMED = 10
+
+
+@dataclass(frozen=True)
+class _Options:
+    """The arguments of :func:`build` that say what is in the data set; None where nothing was said."""
+
+    config: str
+    source: str | None
+    test_source: str | None
+    labels: str | None
+    columns: dict[str, str] | None
+    workbook: str | None
+    extractors: tuple[str, ...]
+    features: dict[str, str]
+    crop: dict[str, Any] | None
+    feature_frames: str
+    seed: int | None
+    demo_clips: tuple[int, int] | None
+
+
+def version_dir(config_name: str, data_dir: str | os.PathLike = "data") -> Path:
+    """Where :func:`build` puts a configuration: the folder for ``tfds.builder_from_directory``."""
+    return Path(data_dir) / "four_dme" / config_name / VERSION
+
+
+def default_crop(config_name: str) -> CropConfig:
+    """How faces are cut out unless said otherwise."""
+    # Faces of the demo clips are about 224 px high; a larger crop would hold no more.
+    return CropConfig(size=256) if config_name == "demo" else CropConfig()
+
+
+def build(
+    config_name: str,
+    *,
+    data_dir: str | os.PathLike = "data",
+    source: str | os.PathLike | None = None,
+    test_source: str | os.PathLike | None = None,
+    labels: str | os.PathLike | None = None,
+    columns: Mapping[str, str] | None = None,
+    workbook: str | os.PathLike | None = None,
+    extractors: Sequence[str] = EXTRACTORS,
+    features: Mapping[str, str | os.PathLike] | None = None,
+    crop: CropConfig | None = None,
+    feature_frames: Literal["strict", "shortest"] = "strict",
+    workers: int | None = None,
+    seed: int = 0,
+    demo_clips: tuple[int, int] = DEMO_CLIPS,
+) -> Path:
+    """Builds ``four_dme/<config_name>``, or finds it built.
+
+    Features are kept clip by clip under ``data_dir/work``; a build that was killed, or stopped by a bad clip,
+    goes on from there. The data set appears under ``data_dir/four_dme`` only when it is whole. What is built
+    already is returned at once if it has what is asked for; of what is left out here (None) nothing is asked.
+
+    Args:
+        config_name: ``'demo'`` (rendered here, in ``data_dir/clips/four_dme_demo``), ``'challenge'`` (4DMR
+            layout) or ``'release'`` (4DME workbook over single-view grey frames).
+        data_dir: Where everything is kept.
+        source: Challenge: the folder of the sequences; release: the folder of the frames, e.g.
+            ``gray_micro``.
+        test_source: Challenge: the folder of the test sequences, ``source/test`` unless given.
+        labels: Challenge: the CSV of training labels, ``source/train.csv`` unless given.
+        columns: Challenge: names of the CSV's columns, {ours: theirs}.
+        workbook: Release: the labelling workbook.
+        extractors: Names of the embedded extractors to run on the frames; may be empty.
+        features: Features from elsewhere, {name: folder}; layouts as in
+            :mod:`mer_jax.extractors.feature_files`.
+        crop: How faces are cut out; 256 px for the demo, the paper's 1024 px otherwise, unless given.
+        feature_frames: ``'strict'`` refuses features from elsewhere of another number of frames than their
+            clip; ``'shortest'`` cuts a sample to the shortest of its features, as the released code does.
+        workers: Number of processes, one per available processor unless given.
+        seed: Demo: seed of the clips.
+        demo_clips: Demo: number of training and test clips.
+
+    Returns:
+        The folder of the built version, for ``tfds.builder_from_directory``.
+
+    Raises:
+        UserError: Something is missing, bad or contradicts what is built; the message names it and the
+            remedy.
+        KeyboardInterrupt: Ctrl-C, or SIGTERM while features are extracted; finished clips are kept.
+    """
+    demo = config_name == "demo"
+    options = _Options(
+        config=config_name,
+        source=_told(source),
+        test_source=_told(test_source),
+        labels=_told(labels),
+        columns=dict(columns) if columns else None,
+        workbook=_told(workbook),
+        extractors=tuple(extractors),
+        features={name: _told(folder) for name, folder in (features or {}).items()},
+        crop=asdict(crop) if crop else None,
+        feature_frames=feature_frames,
+        seed=seed if demo else None,
+        demo_clips=tuple(demo_clips) if demo else None,
+    )
+    _check(options)
+    target = version_dir(config_name, data_dir)
+    work = Path(data_dir) / "work" / "four_dme" / config_name
+    with _exclusive(work):
+        built = _read_facts(target)
+        # Clips are only read for a comparison where the caller says where they are.
+        clips = _clips(options, data_dir, workers) if built is None or options.source else None
+        if built is not None:
+            differences = _differences(built, options, clips)
+            if differences:
+                raise UserError(
+                    f"{target}: built with other settings ({'; '.join(differences)}); remove this folder to "
+                    "build it again, or give another --data_dir"
+                )
+            if _is_whole(target):
+                return target
+            clips = clips or _clips(options, data_dir, workers)
+        _build(options, clips, crop or default_crop(config_name), work, target, workers)
+    return target
+
+
+def _build(
+    options: _Options, clips: list[Clip], crop: CropConfig, work: Path, target: Path, workers: int | None
+) -> None:
+    # Files from elsewhere come first: they cost little and may be wrong.
+    from_files = _read_features(clips, options)
+    paths = prepare(clips, crop, options.extractors, work, workers=workers)
+    views = [(clip, view, paths[clip.name]) for clip in clips for view in views_of(clip)]
+
+    rows: dict[str, list[dict[str, Any]]] = {}
+    notes = _Notes()
+    for clip, view, path in views:
+        prepared = load_prepared(path)[view]
+        sample = sample_name(clip, view)
+        lengths = [len(from_files[name][sample]) for name in from_files]
+        num_frames = min([len(clip.frames), *lengths])
+        rows.setdefault(clip.split, []).append(_row(clip, view, prepared, num_frames))
+        notes.add(clip, sample, prepared, num_frames)
+
+    def record(row: dict[str, Any], path: Path, sample: str) -> dict[str, Any]:
+        values = load_prepared(path)[row["view"]].features if options.extractors else {}
+        values |= {name: samples[sample] for name, samples in from_files.items()}
+        return row | {"features": {name: value[: row["num_frames"]] for name, value in values.items()}}
+
+    def split_records(split: str) -> Iterator[dict[str, Any]]:
+        of_split = ((clip, view, path) for clip, view, path in views if clip.split == split)
+        for row, (clip, view, path) in zip(rows[split], of_split, strict=True):
+            yield record(row, path, sample_name(clip, view))
+
+    told = {name: _embedded_facts(name) for name in options.extractors}
+    for name, samples in from_files.items():
+        told[name] = _file_facts(options.features[name], next(iter(samples.values())).shape[1])
+    facts = {
+        "origin": _origin(options),
+        "content": _content(clips, options),
+        "settings": _settings(options, crop),
+        "extractors": told,
+        "statistics": {split: data_card.statistics(split_rows) for split, split_rows in rows.items()},
+        "no_face": notes.no_face,
+        "missing_frames": notes.missing,
+        "cut": notes.cut,
+        "exceptions": notes.lines(crop),
+    }
+    records = {split: (lambda split=split: split_records(split)) for split in rows}
+    dims = {name: facts_of["dim"] for name, facts_of in told.items()}
+    _write(options.config, records, dims, facts, work, target)
+    for line in facts["exceptions"]:
+        print(f"note: {line}", file=sys.stderr)
+
+
+# --- checking ----------------------------------------------------------------------------------------------
+
+
+def _told(path: str | os.PathLike | None) -> str | None:
+    return None if path is None else str(Path(path).resolve())
+
+
+def _check(options: _Options) -> None:
+    """Refuses options that make no sense before anything is done."""
+    if options.config not in CONFIGS:
+        raise UserError(f"config 'four_dme/{options.config}' is unknown; there are {', '.join(CONFIGS)}")
+    wanted = {
+        "demo": (),
+        "challenge": ("source", "test_source", "labels", "columns"),
+        "release": ("source", "workbook"),
+    }[options.config]
+    for name in ("source", "test_source", "labels", "columns", "workbook"):
+        if getattr(options, name) is not None and name not in wanted:
+            raise UserError(f"{name}: not used by four_dme/{options.config}; leave it out")
+    if options.feature_frames not in ("strict", "shortest"):
+        raise UserError(f"--feature_frames {options.feature_frames}: choose strict or shortest")
+    for name in options.extractors:
+        get_extractor(name)
+    if len(set(options.extractors)) < len(options.extractors):
+        raise UserError(f"--extractors: {', '.join(options.extractors)} names one twice")
+    for name in options.features:
+        if not re.fullmatch(r"[a-z][a-z0-9_]*", name):
+            raise UserError(f"--features {name}=...: call it by small letters, digits and _ only")
+        if name in EXTRACTORS:
+            raise UserError(f"--features {name}=...: {name} is an embedded extractor; choose another name")
+    if not options.extractors and not options.features:
+        raise UserError("neither --extractors nor --features: name at least one source of features")
+
+
+def _read_facts(target: Path) -> dict[str, Any] | None:
+    """What a built data set says about itself; None if there is none."""
+    if not target.exists():
+        return None
+    try:
+        facts = json.loads((target / "metadata.json").read_text())
+        return {key: facts[key] for key in ("settings", "extractors", "content")}
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(
+            f"{target}: not a data set of this library, or damaged; remove this folder or give another "
+            "--data_dir"
+        ) from error
+
+
+def _is_whole(target: Path) -> bool:
+    """Whether all files of records are there."""
+    try:
+        splits = json.loads((target / "dataset_info.json").read_text())["splits"]
+    except (OSError, ValueError, KeyError):
+        return False
+    return all(
+        len(list(target.glob(f"four_dme-{split['name']}.array_record-*"))) == len(split["shardLengths"])
+        for split in splits
+    )
+
+
+def _differences(built: Mapping[str, Any], options: _Options, clips: Sequence[Clip] | None) -> list[str]:
+    """In what a built data set is not what is asked for, in words."""
+    settings, extractors = built["settings"], built["extractors"]
+    differences = []
+    if options.crop is not None:
+        for name, value in options.crop.items():
+            if settings["crop"].get(name) != value:
+                differences.append(f"crop {name} {settings['crop'].get(name)}, asked {value}")
+    for name in ("source", "test_source", "labels", "columns", "workbook", "seed", "demo_clips"):
+        asked = json.loads(json.dumps(getattr(options, name)))
+        if asked is not None and settings[name] != asked:
+            differences.append(f"{name} {settings[name]}, asked {asked}")
+    if options.features and settings["feature_frames"] != options.feature_frames:
+        differences.append(f"feature_frames {settings['feature_frames']}, asked {options.feature_frames}")
+    for name in options.extractors:
+        if name not in extractors:
+            differences.append(f"no features {name}")
+        elif extractors[name] != _embedded_facts(name):
+            differences.append(f"features {name} of another version")
+    for name, folder in options.features.items():
+        if name not in extractors:
+            differences.append(f"no features {name}")
+        elif settings["features"].get(name) != folder:
+            differences.append(f"features {name} from {settings['features'].get(name)}, asked {folder}")
+    comparable = clips is not None and options.features == settings["features"]
+    if not differences and comparable and built["content"] != _content(clips, options):
+        differences.append("labels, frames or feature files have changed since")
+    return differences
+
+
+def _content(clips: Sequence[Clip], options: _Options) -> str:
+    """Changes when labels, frames or features from elsewhere are replaced."""
+    facts: list[Any] = [
+        (clip.name, clip.id, clip.subject, clip.labels, clip.split, clip.onset, clip.apex, clip.offset)
+        for clip in clips
+    ]
+    facts += [fingerprint(clip) for clip in clips]
+    for folder in options.features.values():
+        for path in sorted(Path(folder).rglob("*")):
+            status = path.stat()
+            facts.append((str(path.relative_to(folder)), status.st_size, status.st_mtime_ns))
+    return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
+
+
+# --- reading -----------------------------------------------------------------------------------------------
+
+
+def _clips(options: _Options, data_dir: str | os.PathLike, workers: int | None) -> list[Clip]:
+    if options.config == "demo":
+        num_train, num_test = options.demo_clips
+        source = make_demo_clips(
+            Path(data_dir) / "clips" / "four_dme_demo",
+            num_train=num_train,
+            num_test=num_test,
+            seed=options.seed,
+            workers=workers,
+        )
+        return read_challenge(source)
+    if options.source is None:
+        raise UserError(
+            f"four_dme/{options.config} is not built yet: say with --source where its frames are (4DME needs "
+            "a signed licence; four_dme/demo needs nothing)"
+        )
+    if options.config == "challenge":
+        return read_challenge(options.source, options.labels, options.columns, options.test_source)
+    if options.workbook is None:
+        raise UserError("four_dme/release: say with --workbook where the labelling workbook is")
+    return read_release(options.workbook, options.source)
+
+
+def _read_features(clips: Sequence[Clip], options: _Options) -> dict[str, dict[str, np.ndarray]]:
+    """{name: {sample: (T, D)}} of the features from elsewhere, of one D per name."""
+    result: dict[str, dict[str, np.ndarray]] = {}
+    for name, folder in options.features.items():
+        samples: dict[str, np.ndarray] = {}
+        dim = None
+        for clip in clips:
+            for view in views_of(clip):
+                sample = sample_name(clip, view)
+                read = read_sample_features(folder, sample, dim=dim)
+                if options.feature_frames == "strict" and len(read) != len(clip.frames):
+                    raise UserError(
+                        f"{folder}: features of {len(read)} frames for '{sample}', whose clip has "
+                        f"{len(clip.frames)}; compute them again, or cut to the shortest with "
+                        "--feature_frames shortest"
+                    )
+                samples[sample], dim = read, read.shape[1]
+        result[name] = samples
+    return result
+
+
+# --- telling -----------------------------------------------------------------------------------------------
+
+
+def _row(clip: Clip, view: str, prepared: PreparedView, num_frames: int) -> dict[str, Any]:
+    """A record without its features."""
+    box = prepared.box
+    phases = {}
+    for name in ("onset", "apex", "offset"):
+        index = getattr(clip, name)
+        phases[name] = -1 if index is None or index >= num_frames else index
+    return {
+        "clip": clip.name,
+        "id": clip.id,
+        "subject": clip.subject,
+        "view": view,
+        "labels": np.array(clip.labels if clip.labels is not None else [-1] * len(LABELS), np.int8),
+        "num_frames": num_frames,
+        "box": np.array([box.left, box.top, box.width, box.height], np.int32),
+        "face_found": box.found,
+        **phases,
+    }
+
+
+class _Notes:
+    """What was out of the ordinary, collected sample by sample."""
+
+    def __init__(self):
+        self.no_face: list[str] = []
+        self.missing: dict[str, dict[str, list[int]]] = {}
+        self.cut: dict[str, list[int]] = {}
+
+    def add(self, clip: Clip, sample: str, prepared: PreparedView, num_frames: int) -> None:
+        if not prepared.box.found:
+            self.no_face.append(sample)
+        for name, count in prepared.missing.items():
+            if count:
+                self.missing.setdefault(name, {})[sample] = [count, len(clip.frames)]
+        if num_frames < len(clip.frames):
+            self.cut[sample] = [num_frames, len(clip.frames)]
+
+    def lines(self, crop: CropConfig) -> list[str]:
+        lines = []
+        if self.no_face:
+            lines.append(
+                f"no face was found in the first frame of {_count(self.no_face, 'sample')}, so the "
+                f"'{crop.fallback}' box was cut out: {_listed(self.no_face)}"
+            )
+        for name, samples in self.missing.items():
+            some = [f"{s} ({n} of {total})" for s, (n, total) in samples.items() if n < total]
+            every = [s for s, (n, total) in samples.items() if n == total]
+            if some:
+                lines.append(
+                    f"{name} found nothing in some frames of {_count(some, 'sample')}, which were filled "
+                    f"from their neighbours in time: {_listed(some)}"
+                )
+            if every:
+                lines.append(
+                    f"{name} found nothing in any frame of {_count(every, 'sample')}, whose features are 0: "
+                    f"{_listed(every)}"
+                )
+        if self.cut:
+            cut = [f"{s} ({n} of {total})" for s, (n, total) in self.cut.items()]
+            lines.append(f"{_count(cut, 'sample')} cut to the shortest of their features: {_listed(cut)}")
+        return lines
+
+
+def _count(items: Sequence[str], unit: str) -> str:
+    return f"{len(items)} {unit}{'s' if len(items) > 1 else ''}"
+
+
+def _listed(items: Sequence[str]) -> str:
+    more = f" and {len(items) - _MAX_NAMED} more" if len(items) > _MAX_NAMED else ""
+    return ", ".join(items[:_MAX_NAMED]) + more
+
+
+def _embedded_facts(name: str) -> dict[str, Any]:
+    extractor = get_extractor(name)
+    return {key: getattr(extractor, key) for key in ("modality", "dim", "licence", "preprocessing")}
+
+
+def _file_facts(folder: str, dim: int) -> dict[str, Any]:
+    return {
+        "modality": "not known here",
+        "dim": dim,
+        "licence": "not known here",
+        "preprocessing": f"read from files in {folder}",
+    }
+
+
+def _settings(options: _Options, crop: CropConfig) -> dict[str, Any]:
+    settings = asdict(options)
+    del settings["config"], settings["extractors"]
+    return json.loads(json.dumps(settings | {"crop": asdict(crop)}))
+
+
+def _origin(options: _Options) -> str:
+    if options.config == "demo":
+        return (
+            f"Demo clips rendered by this library (seed {options.seed}) from the public-domain photograph "
+            "`skimage.data.astronaut()`. Results on them are no benchmark: they only show that software "
+            "works. The labels of the test split are withheld, as in the challenge."
+        )
+    if options.config == "challenge":
+        return (
+            f"4DMR challenge, read from {options.source}. Its images are under the 4DME licence, and so may "
+            "be what is derived from them; check before passing it on. Test labels are never read."
+        )
+    return (
+        f"4DME release, single-view frames in {options.source}, workbook {options.workbook}. Its images are "
+        "under the 4DME licence, and so may be what is derived from them; check before passing it on."
+    )
+
+
+# --- writing -----------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def _exclusive(work: Path) -> Iterator[None]:
+    """Lets one build of a configuration run at a time; a killed process's lock is gone with it."""
+    try:
+        work.mkdir(parents=True, exist_ok=True)
+        lock = os.open(work / "lock", os.O_WRONLY | os.O_CREAT, 0o666)
+    except OSError as error:
+        raise UserError(f"{work}: cannot be written ({error.strerror}); give another --data_dir") from error
+    try:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            print(f"waiting for another process that is building in {work}", file=sys.stderr, flush=True)
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(lock)
+
+
+def _write(
+    config: str, records, dims: Mapping[str, int], facts: Mapping[str, Any], work: Path, target: Path
+) -> None:
+    """Writes the TFDS files beside their place and moves them there when all are whole."""
+    staging = work / "staging"
+    try:
+        shutil.rmtree(staging, ignore_errors=True)
+        # TFDS announces itself on stdout and draws its own bars.
+        with contextlib.redirect_stdout(io.StringIO()):
+            import tensorflow_datasets as tfds
+
+            from data_builders.four_dme.four_dme_dataset_builder import Builder
+
+            tfds.disable_progress_bar()
+            builder = Builder(records=records, dims=dims, facts=facts, config=config, data_dir=staging)
+            builder.download_and_prepare(file_format="array_record")
+        finished = Path(builder.data_dir)
+        atomic_write_text(finished / "data_card.md", data_card.render(config, facts))
+        target.parent.mkdir(parents=True, exist_ok=True)
+        if target.exists():
+            # Only ever an incomplete copy of the same data.
+            target.rename(staging / "replaced")
+        finished.rename(target)
+        shutil.rmtree(staging, ignore_errors=True)
+    except OSError as error:
+        raise UserError(
+            f"{target}: cannot be written ({error.strerror or error}); free space or give another "
+            "--data_dir, then run the same command again (finished clips are kept)"
+        ) from error

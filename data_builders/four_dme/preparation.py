@@ -1,0 +1,196 @@
+"""From frames to features: clip by clip, in parallel, each finished clip kept at once."""
+
+import hashlib
+import json
+import os
+import zipfile
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+
+from mer_jax.clips.crops import Box, CropConfig, crop_clip, face_box
+from mer_jax.clips.faces import FaceDetector
+from mer_jax.clips.frames import read_frame, read_frames
+from mer_jax.clips.layouts import Clip
+from mer_jax.clips.views import split_views
+from mer_jax.errors import UserError
+from mer_jax.extractors.base import fill_missing, get_extractor
+from mer_jax.files import atomic_savez
+from mer_jax.parallel import run_tasks
+
+VERSION = 1  # of what is kept per clip; to be raised whenever it changes
+_MAX_NAMED = 3
+
+
+@dataclass(frozen=True)
+class PreparedView:
+    """What is computed from one view of a clip of T frames.
+
+    Attributes:
+        box: Where the face was cut out.
+        features: Extractor name to (T, D) float32.
+        missing: Extractor name to the number of frames in which it found nothing (their features are filled
+            from their neighbours, see :func:`mer_jax.extractors.base.fill_missing`).
+    """
+
+    box: Box
+    features: dict[str, np.ndarray]
+    missing: dict[str, int]
+
+
+@dataclass(frozen=True)
+class _Task:
+    clip: Clip
+    crop: CropConfig
+    extractors: tuple[str, ...]
+    path: Path
+    fingerprint: str
+
+
+def views_of(clip: Clip) -> tuple[str, ...]:
+    """Names of the views of a clip: left and right, or 'c' for a single one."""
+    return ("l", "r") if clip.two_view else ("c",)
+
+
+def sample_name(clip: Clip, view: str) -> str:
+    """Name of one view of a clip, as in the released code; just the clip's for a single view."""
+    return clip.name if view == "c" else f"{clip.name}_{view}"
+
+
+def fingerprint(clip: Clip) -> str:
+    """Changes when a clip's frames are replaced; made of names, sizes and dates, so that no image is read.
+
+    Raises:
+        UserError: A frame is gone.
+    """
+    facts = []
+    for path in clip.frames:
+        try:
+            status = os.stat(path)
+        except OSError as error:
+            raise UserError(f"{path}: cannot be read ({error.strerror}); restore the file") from error
+        facts.append((path.name, status.st_size, status.st_mtime_ns))
+    return hashlib.sha256(json.dumps([clip.two_view, facts]).encode()).hexdigest()
+
+
+def settings_hash(crop: CropConfig, extractors: Sequence[str]) -> str:
+    """Names the work that may be reused: same crop, same extractors, same versions of them."""
+    told = {name: get_extractor(name).preprocessing for name in extractors}
+    text = json.dumps([VERSION, asdict(crop), told], sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+
+def prepare(
+    clips: Sequence[Clip],
+    crop: CropConfig,
+    extractors: Sequence[str],
+    folder: Path,
+    *,
+    workers: int | None = None,
+) -> dict[str, Path]:
+    """Computes boxes and features of all clips; finished clips are found again, also after a kill.
+
+    Args:
+        clips: What to prepare.
+        crop: How faces are cut out.
+        extractors: Names of the embedded extractors to run; may be empty.
+        folder: Where the finished clips are kept, under the hash of the settings, one file per clip.
+        workers: Number of processes, one per available processor unless given.
+
+    Returns:
+        Clip name to the file that :func:`load_prepared` reads.
+
+    Raises:
+        UserError: Clips cannot be prepared: their names and the first reasons, after all others were
+            finished.
+        KeyboardInterrupt: Ctrl-C or SIGTERM; what was finished is kept.
+    """
+    folder = folder / settings_hash(crop, extractors)
+    tasks, paths, errors = [], {}, []
+    for clip in clips:
+        paths[clip.name] = folder / f"{clip.name}.npz"
+        task = _Task(clip, crop, tuple(extractors), paths[clip.name], fingerprint(clip))
+        if not _is_finished(task):
+            tasks.append(task)
+    # What a kill left of a file that was being written.
+    for stale in folder.glob(".*.tmp"):
+        stale.unlink(missing_ok=True)
+    if tasks:
+        results = run_tasks(_prepare_clip, tasks, workers=workers, desc="extracting features", unit="clip")
+        errors = [
+            (task.clip.name, result)
+            for task, result in zip(tasks, results, strict=True)
+            if result is not None
+        ]
+    if errors:
+        reasons = "; ".join(f"clip {name}: {error}" for name, error in errors[:_MAX_NAMED])
+        more = f"; and {len(errors) - _MAX_NAMED} more" if len(errors) > _MAX_NAMED else ""
+        raise UserError(
+            f"{len(errors)} of {len(clips)} clips cannot be prepared ({reasons}{more}); the others are "
+            "finished and kept: repair or remove these and run the same command again"
+        )
+    return paths
+
+
+def load_prepared(path: Path) -> dict[str, PreparedView]:
+    """Reads one finished clip: view name to what was computed from it."""
+    with np.load(path) as stored:
+        told = json.loads(str(stored["told"]))
+        return {
+            view: PreparedView(
+                box=Box(**facts["box"]),
+                features={name: stored[f"{view}.{name}"] for name in told["extractors"]},
+                missing=facts["missing"],
+            )
+            for view, facts in told["views"].items()
+        }
+
+
+def _is_finished(task: _Task) -> bool:
+    try:
+        with np.load(task.path) as stored:
+            return json.loads(str(stored["told"]))["fingerprint"] == task.fingerprint
+    except (OSError, ValueError, KeyError, zipfile.BadZipFile):
+        return False
+
+
+def _prepare_clip(task: _Task) -> None:
+    """Worker: finishes one clip on disk."""
+    import cv2
+
+    # The processes are the parallelism; OpenCV's own threads would only get into their way.
+    cv2.setNumThreads(1)
+    clip, crop = task.clip, task.crop
+    views = views_of(clip)
+    first = _split(read_frame(clip.frames[0]), clip.two_view)
+    with FaceDetector(crop.min_confidence) as detector:
+        boxes = {view: face_box(first[view], crop, detector) for view in views}
+
+    arrays: dict[str, np.ndarray] = {}
+    missing: dict[str, dict[str, int]] = {view: {} for view in views}
+    if task.extractors:
+        shape = (len(clip.frames), crop.size, crop.size, 3)
+        crops = {view: np.empty(shape, np.uint8) for view in views}
+        for index, frame in enumerate(read_frames(clip.frames)):
+            for view, image in _split(frame, clip.two_view).items():
+                crops[view][index] = crop_clip([image], boxes[view], crop.size)[0]
+        for name in task.extractors:
+            extractor = get_extractor(name)
+            with extractor.open() as session:
+                for view in views:
+                    features = session(crops[view])
+                    if features.shape != (len(clip.frames), extractor.dim) or features.dtype != np.float32:
+                        raise ValueError(f"extractor {name} returned {features.shape} {features.dtype}")
+                    arrays[f"{view}.{name}"], missing[view][name] = fill_missing(features)
+    told = {
+        "fingerprint": task.fingerprint,
+        "extractors": list(task.extractors),
+        "views": {view: {"box": asdict(boxes[view]), "missing": missing[view]} for view in views},
+    }
+    atomic_savez(task.path, told=np.array(json.dumps(told)), **arrays)
+
+
+def _split(frame: np.ndarray, two_view: bool) -> dict[str, np.ndarray]:
+    return split_views(frame) if two_view else {"c": frame}
