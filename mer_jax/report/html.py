@@ -26,6 +26,7 @@ from mer_jax.report.tables import (
 )
 from mer_jax.study.held_out import decide
 from mer_jax.study.results import TEST, UNKNOWN_LABEL, StudyResults
+from mer_jax.study.summary import SCHEMA
 
 FILENAME = "report.html"
 
@@ -52,6 +53,11 @@ def write_report(workdir: str | os.PathLike) -> Path:
     if summary is None:
         raise UserError(
             f"{workdir / 'summary.json'}: not found; finish the study first (scripts/train.py --workdir={workdir})"
+        )
+    if summary.get("schema") != SCHEMA:
+        raise UserError(
+            f"{workdir / 'summary.json'}: written by another version; evaluate the run again "
+            f"(scripts/evaluate.py report {workdir})"
         )
     page = _Page(
         name=workdir.resolve().name,
@@ -161,15 +167,15 @@ class _Page:
         """Title, banner, the answer in one sentence, and the study's size."""
         study, score = self.summary["study"], self.summary["honest"]["macro_f1"]["pooled"]
         chance = self.summary["chance"]["macro_f1"]["pooled"]
-        intervals = f"{self.level} CI {format_interval(score['clip_ci'])} over clips and seeds"
+        intervals = f"{self.level} CI {_interval(score['clip_ci'])} over clips and seeds"
         if score["seed_ci"]:
-            intervals += f", {format_interval(score['seed_ci'])} over seeds alone"
+            intervals += f", {_interval(score['seed_ci'])} over seeds alone"
         else:
             intervals = intervals.replace("clips and seeds", "clips, with one seed")
         answer = (
             "On clips that its members never saw, this study reaches a macro-F1 of "
             f"<b>{format_number(score['mean'])}</b> ({intervals}), where chance is "
-            f"{format_number(chance['mean'])} {format_interval(chance['interval'])} and choosing "
+            f"{format_number(chance['mean'])} {_interval(chance['interval'])} and choosing "
             f"{leaky_choices(self.summary)} on those very clips would have claimed "
             f"{format_number(leaky_block(self.summary)['macro_f1']['pooled']['mean'])}."
         )
@@ -386,14 +392,16 @@ class _Page:
             "inner split": results.curve_inner_loss[used],
             "held out": results.curve_heldout_loss[used],
         }
-        losses = {name: values for name, values in losses.items() if np.isfinite(values).any()}
-        if not losses:
+        # Members that stopped early have no later losses; where few go on, their curve is no longer the study's.
+        reached = np.isfinite(losses["train"]).mean(axis=0) >= 0.5
+        losses = {name: values[:, reached] for name, values in losses.items() if np.isfinite(values).any()}
+        if not losses or not reached.any():
             return "<p>No losses were kept.</p>"
         count = f"{used.sum()} members" if used.sum() > 1 else "one member"
         return _figure(
-            plots.learning_curves(results.curve_epoch, losses, results.member_stop_epoch[used]),
-            f"Median and 5–95 % band over {count}. Below: the epoch whose parameters were kept, median and "
-            "5–95 %. The held-out curve is drawn after the fact and chooses nothing."
+            plots.learning_curves(results.curve_epoch[reached], losses, results.member_stop_epoch[used]),
+            f"Median and 5–95 % band over {count}, up to the last epoch that half of them reached. Below: "
+            "the epoch whose parameters were kept, median and 5–95 %. The held-out curve chooses nothing."
             + ("" if "inner split" in losses else " There is no inner split to stop on."),
         )
 
@@ -460,7 +468,7 @@ class _Page:
             per_class = self._attention_per_class(values)
             if np.isfinite(per_class).any():
                 series.append((name, colour, np.moveaxis(plots.quantiles(per_class), 0, 1)))  # (C, 3, T)
-                frames = per_class.shape[-1]
+                frames = max(frames, per_class.shape[-1])
         if not series:
             return ""
         figure = plots.class_panels(
@@ -635,6 +643,10 @@ def _table(columns: Sequence[str], rows: Iterable[str], leaky: Sequence[int] = (
 
 def _css(name: str) -> str:
     return f' class="{name}"' if name else ""
+
+
+def _interval(interval) -> str:
+    return f'<span class="interval">{format_interval(interval)}</span>'
 
 
 def _values(leaves: Mapping[str, str]) -> str:

@@ -304,7 +304,7 @@ def learning_curves(epoch: np.ndarray, losses: Mapping[str, np.ndarray], selecte
     low, high = _limits(*bands.values(), pad=0.05)
     first, last = float(np.min(epoch)), float(np.max(epoch))
     axes = _Axes(drawing, 56, 40, WIDTH - 56 - 180, 262, (first, max(last, first + 1)), (max(low, 0.0), high))
-    axes.y_axis("loss (nats)", count=6)
+    axes.y_axis("training loss, mean over labels (nats)", count=6)
     axes.x_axis("epoch", grid=False)
     colours = dict(zip(losses, ("grey", "blue", "orange", "green"), strict=False))
     ends = {}
@@ -314,10 +314,11 @@ def learning_curves(epoch: np.ndarray, losses: Mapping[str, np.ndarray], selecte
         ends[name] = float(axes.y(_last_finite(median)))
     for name, y in zip(ends, _spread(list(ends.values()), 17), strict=True):
         drawing.text(axes.right + 10, y + 4, words[name], f"named {colours[name]}")
-    early, middle, late = (float(np.clip(q, first, last)) for q in np.quantile(selected, (0.05, 0.5, 0.95)))
+    early, middle, late = (float(quantile) for quantile in np.quantile(selected, (0.05, 0.5, 0.95)))
+    left, centre, right = (float(axes.x(np.clip(value, first, last))) for value in (early, middle, late))
     y = axes.bottom + 60
-    drawing.rect(float(axes.x(early)), y - 4, float(axes.x(late) - axes.x(early)), 8, "box blue", rx=3)
-    drawing.dot(float(axes.x(middle)), y, "dot blue", 5.0)
+    drawing.rect(left, y - 4, right - left, 8, "box blue", rx=3)
+    drawing.dot(centre, y, "dot blue", 5.0)
     drawing.text(
         axes.right + 10,
         y + 4,
@@ -330,7 +331,7 @@ def learning_curves(epoch: np.ndarray, losses: Mapping[str, np.ndarray], selecte
 def quantiles(values: np.ndarray) -> np.ndarray:
     """5, 50 and 95 % over members, ``(M, ...)`` -> ``(3, ...)``; NaN is left out, and stays where all are."""
     values = np.asarray(values, float)
-    flat = values.reshape(len(values), -1)
+    flat = np.where(np.isfinite(values), values, np.nan).reshape(len(values), -1)
     result = np.full((3, flat.shape[1]), np.nan)
     known = np.isfinite(flat).any(axis=0)
     if known.any():
@@ -643,6 +644,8 @@ def width_curve(
     Returns:
         The figure as an ``<svg>`` element.
     """
+    # One mark per number of seeds, for the narrowest width that it reaches.
+    targets = sorted({seeds: wanted for seeds, wanted in sorted(targets, key=lambda t: -t[1])}.items())
     largest = max(now, *(seeds for seeds, _ in targets)) * 4
     smallest = max(2, min(now, *(seeds for seeds, _ in targets)) / 1.6)
     count = np.geomspace(smallest, largest, 80)

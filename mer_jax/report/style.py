@@ -42,7 +42,8 @@ th,td{padding:7px 10px;text-align:right;border-bottom:1px solid var(--rule);vert
 font-weight:400}
 thead th{font-size:13px;color:var(--muted);vertical-align:bottom;line-height:1.35;
 border-bottom-color:var(--muted)}
-th:first-child,td:first-child{text-align:left;padding-left:0}
+td,.interval{white-space:nowrap}
+th:first-child,td:first-child{text-align:left;padding-left:0;min-width:130px}
 tbody tr.group th{color:var(--muted);font-size:13px;padding-top:18px}
 tr.key th,tr.key td{font-weight:650}
 .leaky{color:var(--orange);
@@ -96,7 +97,9 @@ svg .ink{--c:var(--ink)}
 svg .named{fill:var(--c);font-weight:600}
 @media (max-width:640px){main{padding:20px 14px 48px}h1{font-size:25px}.answer{font-size:18px}
 .values,.terms{columns:1}figure{overflow-x:auto}figure svg.full{min-width:680px}}
-@media print{:root{color-scheme:light}body{font-size:11pt}main{max-width:none;padding:0}nav{display:none}
+@media print{:root{color-scheme:light}body{font-size:10pt}main{max-width:none;padding:0}nav{display:none}
+.answer{font-size:13pt}table{font-size:9pt}thead th{font-size:8pt}th,td{padding:3px 6px}.scroll{overflow:visible}
+.pair{grid-template-columns:1fr 1fr;gap:24px}
 section{margin-top:26px}figure,tr{break-inside:avoid}h2{break-after:avoid}
 details::details-content{content-visibility:visible;block-size:auto}
 *{-webkit-print-color-adjust:exact;print-color-adjust:exact}}

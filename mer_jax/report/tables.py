@@ -166,4 +166,4 @@ def terminal_table(summary: Mapping) -> str:
 def format_signed(value: float | None) -> str:
     """A difference with its sign."""
     text = format_number(value)
-    return text if text.startswith("−") else f"+{text}"
+    return f"+{text}" if value is not None and value >= 0 else text
