@@ -59,6 +59,7 @@ def _compare(workdir_a: str, workdir_b: str, overrides: dict) -> None:
 
 
 def numbers(text: str) -> float | list[float]:
+    """One number, or a list of several separated by commas."""
     values = [float(part) for part in text.split(",")]
     return values[0] if len(values) == 1 else values
 

@@ -3,6 +3,7 @@
 import dataclasses
 import os
 import zipfile
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -160,21 +161,16 @@ class StudyResults:
         if path.suffix != ".npz":
             path = path / FILENAME
         if not path.is_file():
-            raise UserError(
-                f"{path}: not found; train the study first (scripts/train.py --workdir={path.parent})"
-            )
+            raise UserError(f"{path}: not found; train the study first (scripts/train.py --workdir={path.parent})")
         try:
-            with np.load(path, allow_pickle=False) as archive:
+            # NumPy leaves a file that it opened itself open when it is no archive.
+            with path.open("rb") as stream, np.load(stream, allow_pickle=False) as archive:
                 arrays = {name: archive[name] for name in archive.files}
-        except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
-            raise UserError(
-                f"{path}: cannot be read ({error}); delete it and run scripts/train.py again"
-            ) from error
+        except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+            raise UserError(f"{path}: cannot be read ({error}); delete it and run scripts/train.py again") from error
         missing = sorted(set(_FIELDS) - set(arrays))
         if missing:
-            raise UserError(
-                f"{path}: lacks {', '.join(missing)}; written by another version, train the study again"
-            )
+            raise UserError(f"{path}: lacks {', '.join(missing)}; written by another version, train the study again")
         results = cls(
             **{name: arrays[name] for name in _FIELDS},
             hyper={n.removeprefix(_HYPER): a for n, a in arrays.items() if n.startswith(_HYPER)},
@@ -206,13 +202,9 @@ class StudyResults:
 
         num_clips, num_samples = sizes["C"], sizes["N"]
         for field in ("clip_name", "member_id"):
-            require(
-                len(set(getattr(self, field).tolist())) == len(getattr(self, field)), field, "has duplicates"
-            )
+            require(len(set(getattr(self, field).tolist())) == len(getattr(self, field)), field, "has duplicates")
         require(np.isin(self.clip_split, (TRAIN, TEST)).all(), "clip_split", f"is not all {TRAIN} or {TEST}")
-        require(
-            np.isin(self.clip_labels, (UNKNOWN_LABEL, 0, 1)).all(), "clip_labels", "is not all -1, 0 or 1"
-        )
+        require(np.isin(self.clip_labels, (UNKNOWN_LABEL, 0, 1)).all(), "clip_labels", "is not all -1, 0 or 1")
         require((self.clip_fold >= NO_FOLD).all(), "clip_fold", "is below -1")
         test = self.clip_split == TEST
         require((self.clip_fold[test] == NO_FOLD).all(), "clip_fold", "puts a test clip into a fold")
@@ -255,12 +247,8 @@ def _check_array(where, name, array, dims, kind, sizes) -> None:
     array = np.asarray(array)
     fits = array.dtype.kind == "U" if kind is np.str_ else np.can_cast(array.dtype, kind, "same_kind")
     if not fits:
-        raise UserError(
-            f"{where}: {name} holds {array.dtype} instead of {np.dtype(kind).name}; train the study again"
-        )
+        raise UserError(f"{where}: {name} holds {array.dtype} instead of {np.dtype(kind).name}; train the study again")
     expected = tuple(sizes.setdefault(d, n) for d, n in zip(dims, array.shape, strict=False))
     if array.ndim != len(dims) or array.shape != expected:
         named = ", ".join(f"{d}={sizes[d]}" if d in sizes else d for d in dims)
-        raise UserError(
-            f"{where}: {name} has shape {array.shape} instead of ({named}); train the study again"
-        )
+        raise UserError(f"{where}: {name} has shape {array.shape} instead of ({named}); train the study again")
