@@ -24,7 +24,8 @@ class CropConfig:
             and height are scaled separately, all numbers are cut to integers on the way, and what leaves the
             image is cut off, so that the resize stretches the face.
         size: Side of the resized crop in pixels.
-        min_confidence: Lowest detector score in [0, 1] that counts as a face.
+        min_confidence: Lowest detector score in [0, 1] that counts as a face; below 0.6 it has no effect, see
+            :class:`~mer_jax.clips.faces.FaceDetector`.
         fallback: What to cut when no face is found. ``'centre'`` is the largest square in the middle of the
             image; ``'released'`` is the released code's (left 0, top 400, right 1200, bottom 1600), cut to
             the image, which may leave a rectangle.

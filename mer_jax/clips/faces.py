@@ -50,14 +50,14 @@ class FaceDetector:
     """MediaPipe's full-range face detector (up to about 5 m), for independent images.
 
     Args:
-        min_confidence: Lowest score in [0, 1] that counts as a face; the released code of the fusion paper
-            takes 0.005, which finds nearly any face and, on images without one, sometimes a wrong one.
+        min_confidence: Lowest score in [0, 1] that counts as a face. MediaPipe's graph itself drops faces
+            below 0.6 and ignores the threshold that it is given (google-ai-edge/mediapipe issue 3896), so
+            lower values, such as the released code's 0.005, all mean 0.6 here as they do there.
     """
 
     def __init__(self, min_confidence: float = 0.005):
-        self._graph = _Graph(
-            "face_detection", "FaceDetection", model_selection=1, min_detection_confidence=min_confidence
-        )
+        self._min_confidence = min_confidence
+        self._graph = _Graph("face_detection", "FaceDetection", model_selection=1)
 
     def __enter__(self) -> "FaceDetector":
         self._graph.open()
@@ -79,6 +79,8 @@ class FaceDetector:
         if not detections:
             return None
         best = max(detections, key=lambda detection: detection.score[0])
+        if best.score[0] < self._min_confidence:
+            return None
         box = best.location_data.relative_bounding_box
         return Detection((box.xmin, box.ymin, box.width, box.height), best.score[0])
 
