@@ -5,7 +5,7 @@
 # words.
 STYLE = """
 :root{color-scheme:light dark;
---paper:light-dark(#fff,#15181c);--panel:light-dark(#f5f6f8,#1d2126);--ink:light-dark(#1b1f24,#e7eaee);
+--paper:light-dark(#fff,#15181c);--ink:light-dark(#1b1f24,#e7eaee);
 --muted:light-dark(#57606c,#9ba6b3);--rule:light-dark(#d8dce2,#343a42);--faint:light-dark(#eceef1,#262b31);
 --blue:light-dark(#0072b2,#56b4e9);--orange:light-dark(#c65100,#f0944d);--green:light-dark(#007a5a,#3cc79d);
 --purple:light-dark(#9a4f86,#d99ac7);--grey:light-dark(#6a737d,#98a2ad);
@@ -16,13 +16,11 @@ font:16px/1.55 system-ui,-apple-system,"Segoe UI",Roboto,"Helvetica Neue",Arial,
 main{max-width:1008px;margin:0 auto;padding:32px 24px 80px}
 h1{font-size:30px;line-height:1.2;margin:0 0 6px;letter-spacing:-.01em;overflow-wrap:anywhere}
 h2{font-size:21px;line-height:1.3;margin:0 0 4px;letter-spacing:-.005em}
-h3{font-size:16px;margin:0 0 4px}
 section{margin-top:52px;scroll-margin-top:16px}
 p{margin:0 0 12px;max-width:74ch;text-wrap:pretty}
 a{color:var(--blue)}
-code,pre{font:13px/1.5 ui-monospace,SFMono-Regular,Menlo,Consolas,"Liberation Mono",monospace}
-pre{margin:0;padding:14px 16px;background:var(--panel);border-radius:6px;overflow-x:auto}
-small,.note,figcaption{color:var(--muted);font-size:14px}
+code{font:13px/1.5 ui-monospace,SFMono-Regular,Menlo,Consolas,"Liberation Mono",monospace}
+.note,figcaption{color:var(--muted);font-size:14px}
 .eyebrow{color:var(--muted);font-size:14px;margin:0 0 4px}
 .answer{font-size:20px;line-height:1.5;margin:14px 0 18px;max-width:62ch}
 .answer b{color:var(--blue);white-space:nowrap}
@@ -65,7 +63,6 @@ calc(var(--p)*100%),transparent 0)}
 .clips td.p.miss{background:linear-gradient(90deg,color-mix(in srgb,var(--orange) 30%,transparent)
 calc(var(--p)*100%),transparent 0)}
 .clips td.true{font-weight:700;box-shadow:inset 3px 0 var(--ink)}
-.clips td.word{text-align:left}
 .values{columns:2;column-gap:40px;margin:0;font-size:14px}
 .values div{display:flex;justify-content:space-between;gap:16px;border-bottom:1px solid var(--faint);
 break-inside:avoid;padding:2px 0}
