@@ -10,8 +10,9 @@ def ensure_dataset(data: Mapping, extractors: Sequence[str]) -> Path:
     """Builds the data set that a config asks for, or finds it built.
 
     Args:
-        data: ``config.data``: ``dataset`` (such as ``'four_dme/demo'``), ``data_dir``, ``workers``, and, where it
-            must still be built, ``source``, ``test_source``, ``labels``, ``columns``, ``workbook`` and ``features``.
+        data: ``config.data``: ``dataset`` (such as ``'four_dme/demo'``), ``data_dir``, ``workers``, and,
+            where it must still be built, ``source``, ``test_source``, ``labels``, ``columns``, ``workbook``
+            and ``features``.
         extractors: Extractors whose features the study needs.
 
     Returns:

@@ -100,7 +100,5 @@ def _crop(pairs: dict[str, str] | None, config: str) -> CropConfig | None:
         try:
             values[name] = {"true": True, "false": False}[text.lower()] if kind is bool else kind(text)
         except (KeyError, ValueError):
-            raise UserError(
-                f"--crop {name}={text}: a value like {getattr(default, name)} is expected"
-            ) from None
+            raise UserError(f"--crop {name}={text}: a value like {getattr(default, name)} is expected") from None
     return dataclasses.replace(default, **values)

@@ -229,7 +229,11 @@ def _check(options: _Options) -> None:
         get_extractor(name)
     if len(set(options.extractors)) < len(options.extractors):
         raise UserError(f"--extractors: {', '.join(options.extractors)} names one twice")
-    for name in options.features:
+    if options.demo_clips is not None and min(options.demo_clips) < 1:
+        raise UserError(f"--demo_clips {options.demo_clips}: at least one training and one test clip are needed")
+    for name, folder in options.features.items():
+        if not Path(folder).is_dir():
+            raise UserError(f"{folder}: no such folder of features")
         if not re.fullmatch(r"[a-z][a-z0-9_]*", name):
             raise UserError(f"--features {name}=...: call it by small letters, digits and _ only")
         if name in EXTRACTORS:
@@ -247,8 +251,7 @@ def _read_facts(target: Path) -> dict[str, Any] | None:
         return {key: facts[key] for key in ("settings", "extractors", "content")}
     except (OSError, ValueError, KeyError) as error:
         raise UserError(
-            f"{target}: not a data set of this library, or damaged; remove this folder or give another "
-            "--data_dir"
+            f"{target}: not a data set of this library, or damaged; remove this folder or give another --data_dir"
         ) from error
 
 
@@ -490,9 +493,7 @@ def _exclusive(work: Path) -> Iterator[None]:
         os.close(lock)
 
 
-def _write(
-    config: str, records, dims: Mapping[str, int], facts: Mapping[str, Any], work: Path, target: Path
-) -> None:
+def _write(config: str, records, dims: Mapping[str, int], facts: Mapping[str, Any], work: Path, target: Path) -> None:
     """Writes the TFDS files beside their place and moves them there when all are whole."""
     staging = work / "staging"
     try:

@@ -67,9 +67,7 @@ def render(config: str, facts: Mapping[str, Any]) -> str:
             ", ".join(f"{size}: {count}" for size, count in s["clips_per_number_of_labels"].items()) or "-"
         ),
     }
-    lines += [
-        f"| {name} | {' | '.join(str(row(s)) for s in splits.values())} |" for name, row in rows.items()
-    ]
+    lines += [f"| {name} | {' | '.join(str(row(s)) for s in splits.values())} |" for name, row in rows.items()]
 
     lines += [
         "",
@@ -79,13 +77,9 @@ def render(config: str, facts: Mapping[str, Any]) -> str:
         "|---|---|---:|---|---|",
     ]
     for name, told in facts["extractors"].items():
-        lines.append(
-            f"| {name} | {told['modality']} | {told['dim']} | {told['licence']} | {told['preprocessing']} |"
-        )
+        lines.append(f"| {name} | {told['modality']} | {told['dim']} | {told['licence']} | {told['preprocessing']} |")
 
     crop = ", ".join(f"{name} {value}" for name, value in facts["settings"]["crop"].items())
     lines += ["", f"Face crop, from the first frame of each view: {crop}.", "", "## Exceptions", ""]
-    lines += [f"- {line}" for line in facts["exceptions"]] or [
-        "None: a face was found in every sample and frame."
-    ]
+    lines += [f"- {line}" for line in facts["exceptions"]] or ["None: a face was found in every sample and frame."]
     return "\n".join(lines) + "\n"

@@ -41,9 +41,7 @@ class Builder(tfds.core.GeneratorBasedBuilder):
     name = "four_dme"
     VERSION = tfds.core.Version(VERSION)
     BUILDER_CONFIGS = [  # noqa: RUF012 (TFDS wants a list)
-        tfds.core.BuilderConfig(
-            name="demo", description="Rendered demo clips; results on them are no benchmark"
-        ),
+        tfds.core.BuilderConfig(name="demo", description="Rendered demo clips; results on them are no benchmark"),
         tfds.core.BuilderConfig(name="challenge", description="The 4DMR challenge: two-view texture frames"),
         tfds.core.BuilderConfig(name="release", description="The 4DME release: single-view grey frames"),
     ]

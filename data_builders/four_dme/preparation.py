@@ -119,11 +119,7 @@ def prepare(
         stale.unlink(missing_ok=True)
     if tasks:
         results = run_tasks(_prepare_clip, tasks, workers=workers, desc="extracting features", unit="clip")
-        errors = [
-            (task.clip.name, result)
-            for task, result in zip(tasks, results, strict=True)
-            if result is not None
-        ]
+        errors = [(task.clip.name, result) for task, result in zip(tasks, results, strict=True) if result is not None]
     if errors:
         reasons = "; ".join(f"clip {name}: {error}" for name, error in errors[:_MAX_NAMED])
         more = f"; and {len(errors) - _MAX_NAMED} more" if len(errors) > _MAX_NAMED else ""
