@@ -41,17 +41,13 @@ class CropConfig:
 
     def __post_init__(self):
         if self.fallback not in FALLBACKS:
-            raise UserError(
-                f"crop fallback {self.fallback!r} is unknown; choose one of {', '.join(FALLBACKS)}"
-            )
+            raise UserError(f"crop fallback {self.fallback!r} is unknown; choose one of {', '.join(FALLBACKS)}")
         if not 0 < self.scale < float("inf"):
             raise UserError(f"crop scale {self.scale} is not positive; the paper takes 1.5")
         if self.size < 1:
             raise UserError(f"crop size {self.size} is not positive; the paper takes 1024")
         if not 0 <= self.min_confidence <= 1:
-            raise UserError(
-                f"crop min_confidence {self.min_confidence} is outside [0, 1]; the default is 0.005"
-            )
+            raise UserError(f"crop min_confidence {self.min_confidence} is outside [0, 1]; the default is 0.005")
 
 
 @dataclass(frozen=True)

@@ -41,9 +41,7 @@ def read_frame(path: str | os.PathLike) -> np.ndarray:
     try:
         with Image.open(path) as image:
             if image.mode.startswith(("I", "F")):
-                raise UserError(
-                    f"{path}: has more than 8 bits per pixel of grey; convert the frame to 8 bits"
-                )
+                raise UserError(f"{path}: has more than 8 bits per pixel of grey; convert the frame to 8 bits")
             # A palette's transparency would make Pillow warn on the direct way to RGB.
             image = image.convert("RGBA") if image.mode in ("P", "PA") else image
             return np.array(image.convert("RGB"))
@@ -53,8 +51,7 @@ def read_frame(path: str | os.PathLike) -> np.ndarray:
         unknown = isinstance(error, UnidentifiedImageError)
         reason = "no known format" if unknown else " ".join(str(error).split())
         raise UserError(
-            f"{path}: cannot be read as an image ({reason}); restore the file from its source or remove its "
-            "clip"
+            f"{path}: cannot be read as an image ({reason}); restore the file from its source or remove its clip"
         ) from error
 
 

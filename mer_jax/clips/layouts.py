@@ -105,9 +105,7 @@ def read_challenge(
     train_names = {folder.name for folder in train_folders.values()}
     for folder in test_folders.values():
         if folder.name in train_names:
-            raise UserError(
-                f"clip {folder.name!r} is both in {train_root} and in {test_root}; keep it in one of them"
-            )
+            raise UserError(f"clip {folder.name!r} is both in {train_root} and in {test_root}; keep it in one of them")
 
     rows = _read_labels(labels_csv, columns or {}, train_folders, test_folders)
     unlabelled = [folder.name for id_, folder in train_folders.items() if id_ not in rows]
@@ -186,8 +184,7 @@ def read_release(
         where = f"{where} (clip {fold_name!r} of subject {subject!r})"
         if (subject, fold_name) in first_rows:
             raise UserError(
-                f"{where} repeats row {first_rows[subject, fold_name]}; delete one of them or give it its "
-                "own folder"
+                f"{where} repeats row {first_rows[subject, fold_name]}; delete one of them or give it its own folder"
             )
         first_rows[subject, fold_name] = sheet_row
 
@@ -232,9 +229,7 @@ def _entries(folder: Path) -> list[os.DirEntry]:
                 key=lambda entry: entry.name,
             )
     except OSError as error:
-        raise UserError(
-            f"{folder}: is no folder that can be read ({error.strerror}); check the path"
-        ) from error
+        raise UserError(f"{folder}: is no folder that can be read ({error.strerror}); check the path") from error
 
 
 def _require_frames(folder: Path, count: int, min_frames: int) -> None:
@@ -265,9 +260,7 @@ def _sequence_folders(root: Path, without: Path | None = None) -> dict[int, Path
             )
         folders[id_] = folder
     if not folders:
-        raise UserError(
-            f"{root}: holds no sequence folders; give the folder that has one folder of frames per clip"
-        )
+        raise UserError(f"{root}: holds no sequence folders; give the folder that has one folder of frames per clip")
     return dict(sorted(folders.items()))
 
 
@@ -336,11 +329,12 @@ def _frame_numbers(folder: Path, files: Sequence[Path]) -> dict[int, Path]:
 
 def _clip_folder(where: str, frames_root: Path, subject: str, fold_name: str) -> Path:
     subject_folder = frames_root / subject
-    if not subject_folder.is_dir() and subject.isdigit():
+    number = _integer(subject)
+    if not subject_folder.is_dir() and number is not None:
         candidates = [
             frames_root / entry.name
             for entry in _entries(frames_root)
-            if entry.is_dir() and _first_integer(entry.name) == int(subject)
+            if entry.is_dir() and _first_integer(entry.name) == number
         ]
         if len(candidates) == 1:
             subject_folder = candidates[0]
@@ -386,8 +380,7 @@ def _read_labels(
             )
         if id_ in line_of:
             raise UserError(
-                f"{path}: line {number} gives Id {written!r} again, after line {line_of[id_]}; delete one of "
-                "them"
+                f"{path}: line {number} gives Id {written!r} again, after line {line_of[id_]}; delete one of them"
             )
         line_of[id_] = number
         labels = []
@@ -413,9 +406,7 @@ def _read_csv(path: Path) -> tuple[list[str], list[tuple[int, list[str]]]]:
     except FileNotFoundError:
         raise UserError(f"{path}: no such labels file; give its path") from None
     except OSError as error:
-        raise UserError(
-            f"{path}: cannot be read ({error.strerror}); check the path and its permissions"
-        ) from error
+        raise UserError(f"{path}: cannot be read ({error.strerror}); check the path and its permissions") from error
     except (UnicodeDecodeError, csv.Error) as error:
         raise UserError(f"{path}: is no UTF-8 CSV ({error}); save it as comma-separated UTF-8") from error
     lines = [(number, fields) for number, fields in lines if any(fields)]
@@ -428,8 +419,7 @@ def _read_csv(path: Path) -> tuple[list[str], list[tuple[int, list[str]]]]:
     for number, fields in lines:
         if len(fields) != len(header):
             raise UserError(
-                f"{path}: line {number} has {len(fields)} fields where the header has {len(header)}; correct "
-                "the line"
+                f"{path}: line {number} has {len(fields)} fields where the header has {len(header)}; correct the line"
             )
     return header, lines
 
@@ -461,9 +451,7 @@ def _column_positions(path: Path, header: list[str], columns: Mapping[str, str])
     for position, count in Counter(positions.values()).items():
         if count > 1:
             names = [name for name in ours if positions.get(name) == position]
-            raise UserError(
-                f"columns: {' and '.join(names)} are both mapped to {header[position]!r}; correct one"
-            )
+            raise UserError(f"columns: {' and '.join(names)} are both mapped to {header[position]!r}; correct one")
     return positions
 
 
@@ -501,7 +489,8 @@ def _read_workbook(path: Path) -> list[tuple[int, dict[str, object]]]:
     except FileNotFoundError:
         raise UserError(f"{path}: no such workbook; give its path") from None
     except Exception as error:  # a damaged file fails anywhere in the zip and XML readers below openpyxl
-        raise UserError(f"{path}: cannot be read as a workbook ({error}); save it as .xlsx") from error
+        reason = " ".join(str(error).split())
+        raise UserError(f"{path}: cannot be read as a workbook ({reason}); save it as .xlsx") from error
     header = [_text(name) for name in table[0]] if table else []
     for name in _RELEASE_COLUMNS:
         if header.count(name) != 1:
@@ -545,8 +534,7 @@ def _joined_labels(where: str, emotion: object) -> tuple[int, ...]:
     for part in _text(emotion).split("+"):
         if part.strip().lower() not in known:
             raise UserError(
-                f"{where} has the Emotion {_text(emotion)!r}; write one or several of {', '.join(LABELS)}, "
-                "joined by +"
+                f"{where} has the Emotion {_text(emotion)!r}; write one or several of {', '.join(LABELS)}, joined by +"
             )
         present.add(known[part.strip().lower()])
     return tuple(int(label in present) for label in LABELS)
@@ -561,9 +549,9 @@ def _action_units(
         match = _AU_TOKEN.fullmatch(token.strip())
         if match:
             (marked if match[2] else unmarked).add(f"AU{int(match[1])}")
-        elif token.strip() and "(k)" in token.lower():
+        elif token.strip() and (not au_columns or "(k)" in token.lower()):
             raise UserError(
-                f"{where} has {token.strip()!r} among its AUs; write such a mark as AU4(k) or L7(k)"
+                f"{where} has {token.strip()!r} among its AUs; write units as AU4 or L7, a mark as AU4(k) or L7(k)"
             )
     present = (marked | unmarked) - set(au_columns.values())
     for column, au in au_columns.items():

@@ -23,7 +23,5 @@ def split_views(frame: np.ndarray) -> dict[str, np.ndarray]:
     """
     width = frame.shape[1]
     if width < 2:
-        raise UserError(
-            f"a frame {width} pixel wide holds no two views; give frames with two faces side by side"
-        )
+        raise UserError(f"a frame {width} pixel wide holds no two views; give frames with two faces side by side")
     return {"l": frame[:, : width // 2], "r": frame[:, width // 2 :]}

@@ -185,9 +185,7 @@ def test_nothing_outside_the_box_enters():
 def test_view_without_copy_is_cropped_alike():
     picture = astronaut()
     box = Box(10, 20, 50, 60, found=True, score=1.0)
-    np.testing.assert_array_equal(
-        crop_clip([picture[:, 256:]], box, 32), crop_clip([picture[:, 256:].copy()], box, 32)
-    )
+    np.testing.assert_array_equal(crop_clip([picture[:, 256:]], box, 32), crop_clip([picture[:, 256:].copy()], box, 32))
 
 
 def test_bad_clips():

@@ -161,9 +161,7 @@ def test_quiet_holds_back_chatter_only(capfd):
 def test_nothing_is_imported_before_it_is_needed():
     """The doors' help must be quick."""
     script = "import sys, mer_jax.clips.crops, mer_jax.clips.layouts; print('mediapipe' in sys.modules)"
-    done = subprocess.run(
-        [sys.executable, "-c", script], cwd=ROOT, check=True, capture_output=True, text=True
-    )
+    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, check=True, capture_output=True, text=True)
     assert done.stdout.strip() == "False"
 
 
