@@ -169,7 +169,7 @@ class _Graph:
             raise RuntimeError(f"{self._name} is closed; use it inside a with statement")
         if image.ndim != 3 or image.shape[2] != 3 or image.dtype != np.uint8 or not image.size:
             raise ValueError(f"expected an (H, W, 3) uint8 image, got {image.shape} {image.dtype}")
-        return self._solution.process(np.ascontiguousarray(image))
+        return self._solution.process(image)
 
 
 @contextlib.contextmanager

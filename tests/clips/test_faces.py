@@ -117,6 +117,7 @@ def test_static_images_are_independent_and_tracked_ones_are_not(moving):
     assert (meshes(moving, tracking=True)[-1] != last).any()
 
 
+@pytest.mark.filterwarnings("ignore:SymbolDatabase.GetPrototype")
 def test_tracking_as_mediapipe_alone(moving):
     """The image that warms the graph up leaves no trace in it."""
     with faces._quiet():
