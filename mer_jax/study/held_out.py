@@ -21,7 +21,7 @@ from mer_jax.study.results import UNKNOWN_LABEL, StudyResults
 
 DEFAULTS: dict[str, Any] = {
     "views": "mean",
-    "thresholds": "global",
+    "thresholds": "per_class",
     "fixed_threshold": 0.5,
     "negative_excludes_positive": False,
     "bootstrap": 2000,
@@ -56,7 +56,7 @@ def resolve_evaluation(settings: Mapping[str, Any] | None = None) -> dict[str, A
     modes = thresholds.THRESHOLD_MODES
     require(resolved["thresholds"] in modes, "thresholds", f"one of {', '.join(modes)}")
     fixed = resolved["fixed_threshold"]
-    values = [fixed] if isinstance(fixed, numbers.Real) else list(fixed)
+    values = list(fixed) if isinstance(fixed, list | tuple) else [fixed]
     require(
         len(values) in (1, len(LABELS)) and all(isinstance(v, numbers.Real) and 0 <= v <= 1 for v in values),
         "fixed_threshold",
@@ -156,8 +156,8 @@ class StudyMembers:
         if not len(self.rows):
             raise UserError("the study holds out no labelled clip: nothing to score; train on labelled clips")
         self.fold = results.clip_fold[self.rows]
-        self.labels = results.clip_labels[self.rows]
-        self.truth, self.mask = self.labels == 1, self.labels != UNKNOWN_LABEL
+        labels = results.clip_labels[self.rows]
+        self.truth, self.mask = labels == 1, labels != UNKNOWN_LABEL
         self.folds = np.unique(self.fold)
         # (M, C, 5), of which only the scored clips are kept.
         self.probabilities = combine_views(
@@ -238,13 +238,13 @@ class StudyMembers:
         ]
         return np.array(sorted(set.intersection(*seeds)), np.int64)
 
-    def held_out(self, chosen: list[int], seeds: np.ndarray | None = None) -> HeldOut:
+    def held_out(self, chosen: list[int]) -> HeldOut:
         """The scored clips under the chosen setting of each fold.
 
         Raises:
             UserError: No seed finished in every fold.
         """
-        seeds = self.complete_seeds(chosen) if seeds is None else seeds
+        seeds = self.complete_seeds(chosen)
         results = self.results
         if not len(seeds):
             diverged = ", ".join(results.member_id[~results.ok].tolist()) or "none diverged, some were never trained"

@@ -277,6 +277,7 @@ def test_a_large_study_is_summarised_in_seconds(rng):
         ({"thresholds": "best"}, r"evaluation\.thresholds='best'"),
         ({"fixed_threshold": [0.1, 0.2]}, r"evaluation\.fixed_threshold=.*or 5 of them"),
         ({"fixed_threshold": 1.5}, r"evaluation\.fixed_threshold=1\.5"),
+        ({"fixed_threshold": None}, r"evaluation\.fixed_threshold=None"),
         ({"fixed_threshold": "half"}, r"evaluation\.fixed_threshold='half'"),
         ({"negative_excludes_positive": 1}, r"evaluation\.negative_excludes_positive=1: must be true or false"),
         ({"bootstrap": 10}, r"evaluation\.bootstrap=10"),
