@@ -91,7 +91,10 @@ def align(shapes: np.ndarray, target: np.ndarray, weights: np.ndarray) -> np.nda
 
 @contextlib.contextmanager
 def _open() -> Iterator[Session]:
-    with faces.FaceMesh() as mesh:
+    # Every frame by itself. With tracking the points are calmer (a fifth less jitter), but what is smoothed
+    # away is the expression: on the demo clips, labels are told from the apex with an AUROC of 0.66 instead
+    # of 0.79.
+    with faces.FaceMesh(tracking=False) as mesh:
 
         def session(frames: np.ndarray) -> np.ndarray:
             landmarks = np.full((len(frames), faces.NUM_LANDMARKS, 3), np.nan, np.float32)
@@ -111,9 +114,9 @@ EXTRACTOR = Extractor(
     dim=faces.NUM_LANDMARKS * 3,
     licence=f"{faces.LICENCE} (MediaPipe face mesh)",
     preprocessing=(
-        "468 MediaPipe landmarks per crop, each frame by itself; Procrustes to the first over "
-        f"{len(RIGID)} rigid points; displacement from it along the face's axes (left eye, chin, inwards), in "
-        "distances of the outer eye corners"
+        f"468 MediaPipe landmarks per crop, each frame by itself; Procrustes to the first over {len(RIGID)} "
+        "rigid points; displacement from it along the face's axes (left eye, chin, inwards), in distances of "
+        "the outer eye corners"
     ),
     open=_open,
 )

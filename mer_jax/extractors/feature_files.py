@@ -30,9 +30,7 @@ EXPRESSION = slice(156, 327)
 _READERS = {".npy": read_npy, ".pt": read_pt}
 
 
-def read_feature_file(
-    path: str | os.PathLike, *, dim: int | None = None, num_frames: int | None = None
-) -> np.ndarray:
+def read_feature_file(path: str | os.PathLike, *, dim: int | None = None, num_frames: int | None = None) -> np.ndarray:
     """Reads the features of one sample from one file.
 
     Args:
@@ -114,9 +112,7 @@ def read_sample_features(
     if not found:
         raise UserError(f"{root}: no features of '{sample}': neither {sample}.npy nor a folder {sample}")
     if len(found) > 1:
-        raise UserError(
-            f"{root}: features of '{sample}' twice, {found[0].name} and {found[1].name}; keep one"
-        )
+        raise UserError(f"{root}: features of '{sample}' twice, {found[0].name} and {found[1].name}; keep one")
     read = read_feature_folder if found[0].is_dir() else read_feature_file
     return read(found[0], dim=dim, num_frames=num_frames)
 

@@ -106,8 +106,7 @@ def _refusals(path: Path, kind: str) -> Iterator[None]:
         raise UserError(f"{path}: no such file") from error
     except _Forbidden as error:
         raise UserError(
-            f"{path}: refused, its pickle asks for '{error}' and could run code; "
-            "save plain tensors or arrays instead"
+            f"{path}: refused, its pickle asks for '{error}' and could run code; save plain tensors or arrays instead"
         ) from error
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror or error})") from error

@@ -89,9 +89,7 @@ def test_not_finite(tmp_path, bad):
     features = np.ones((5, 8))
     features[3, 2] = bad
     np.save(tmp_path / "a.npy", features)
-    with pytest.raises(
-        UserError, match=r"a\.npy: NaN or Inf in row 3, column 2; compute these features again"
-    ):
+    with pytest.raises(UserError, match=r"a\.npy: NaN or Inf in row 3, column 2; compute these features again"):
         read_feature_file(tmp_path / "a.npy")
 
 
