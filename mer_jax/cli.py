@@ -3,6 +3,8 @@
 import sys
 from collections.abc import Callable
 
+from absl import logging
+
 from mer_jax.errors import UserError
 
 EXIT_USER_ERROR = 2
@@ -17,6 +19,7 @@ def open_door(main: Callable[..., int | None], *args, **kwargs) -> None:
         *args: Handed to ``main``.
         **kwargs: Handed to ``main``.
     """
+    logging.set_verbosity(logging.WARNING)  # JAX and TFDS tell their inner steps at INFO
     try:
         status = main(*args, **kwargs)
     except UserError as error:

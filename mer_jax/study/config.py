@@ -100,7 +100,7 @@ def validate(config: ConfigDict) -> None:
         "train.epochs": 1,
         "train.batch_size": 1,
         "train.patience": 0,
-        "evaluation.bootstrap": 1,
+        "evaluation.bootstrap": 100,
     }.items():
         _require(config, field, lambda value, least=least: value >= least, f"at least {least}")
     _require(config, "study.num_inner", lambda value: value != 1, "0 or at least 2 (one part would be all of it)")

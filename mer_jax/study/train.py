@@ -37,7 +37,7 @@ from mer_jax.study.devices import select_devices
 from mer_jax.study.folds import inner_split, make_folds
 from mer_jax.study.members import Member, make_members, member_key
 from mer_jax.study.results import FILENAME, StudyResults
-from mer_jax.study.summary import summarise
+from mer_jax.study.summary import write_summary
 from mer_jax.study.workdir import check_data, open_workdir, write_tables
 
 # More members a call than this gain nothing on a CPU core (its cache is full) and would leave other cores idle.
@@ -76,7 +76,7 @@ def train(config: ConfigDict, workdir: str | os.PathLike, overrides: Mapping | N
         status = _train_members(config, workdir, learner, devices)
         if status:
             return status
-    _report(config, workdir)
+    _report(workdir)
     return 0
 
 
@@ -390,9 +390,8 @@ class _BlockRunner:
         diverged_at = np.asarray(state.diverged_at)[: len(rows)]
         for row, step in zip(rows, diverged_at, strict=True):
             if step >= 0:
-                _say(
-                    f"warning: member {self._plan.members[row].id} diverged at step {step} and was frozen; the others go on"
-                )
+                name = self._plan.members[row].id
+                _say(f"warning: member {name} diverged at step {step} and was frozen; the others go on")
         variables = jax.tree.map(lambda x: np.asarray(x)[: len(rows)], state.best_variables)
         save_tree(self._workdir / "params" / f"block_{number:04d}", variables)
         atomic_savez(
@@ -511,13 +510,9 @@ def _assemble(workdir: Path, plan: _Plan, blocks: Sequence[range], gate_names: S
     block_path(workdir, 0).parent.rmdir()
 
 
-def _report(config: ConfigDict, workdir: Path) -> None:
+def _report(workdir: Path) -> None:
     from mer_jax.report.html import write_report
     from mer_jax.report.tables import terminal_table
 
-    results = StudyResults.load(workdir)
-    summary = summarise(results, config.evaluation.to_dict())
-    atomic_write_text(workdir / "summary.json", json.dumps(summary, indent=1) + "\n")
-    report = write_report(workdir)
-    print(terminal_table(summary))
-    print(f"\nreport: {report}")
+    print(terminal_table(write_summary(workdir)))
+    print(f"report: {write_report(workdir)}")
