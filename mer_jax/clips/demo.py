@@ -34,6 +34,7 @@ from mer_jax.clips.demo_face import CAMERA_YAW, VIEW_SIZE, Camera, HeadPose, mak
 from mer_jax.clips.layouts import LABELS
 from mer_jax.errors import UserError
 from mer_jax.files import atomic_write_text
+from mer_jax.parallel import available_processors
 from mer_jax.progress import progress
 
 VERSION = 1  # of the rendering; to be raised whenever any pixel changes
@@ -64,6 +65,7 @@ _AMPLITUDE = (
     3.0,
 )  # of the strongest action unit; below, sway and landmark noise rule
 _MIN_AMPLITUDE = 0.5  # of any other one
+_REST_DEGREES = 2.5  # greatest yaw, pitch and roll of the head at the start; people face the camera
 _SWAY_DEGREES = 0.35  # sd of yaw, pitch and roll; half a degree moves the nose by as much as a faint AU
 _SWAY_SHIFT = 0.8  # px, sd
 _NOISE = 1.6  # grey levels, sd, at mid grey: a machine-vision camera in room light
@@ -146,10 +148,15 @@ def make_demo_clips(
             or the disk refuses.
     """
     out_dir = Path(out_dir)
-    for name, value, least in (("num_train", num_train, 1), ("num_test", num_test, 0), ("seed", seed, 0)):
+    workers = available_processors() if workers is None else workers
+    for name, value, least in (
+        ("num_train", num_train, 1),
+        ("num_test", num_test, 0),
+        ("seed", seed, 0),
+        ("workers", workers, 1),
+    ):
         if value < least:
             raise UserError(f"{name}={value}: must be at least {least}")
-    workers = workers or len(os.sched_getaffinity(0))
     _claim(out_dir, {"version": VERSION, "seed": seed, "num_train": num_train, "num_test": num_test})
     clips = _all_clips(seed, num_train, num_test)
     missing = [clip for clip in clips if not (out_dir / clip.split / clip.name).is_dir()]
@@ -210,9 +217,7 @@ def displacement_field(out_dir: str | os.PathLike, clip_name: str, view: str, fr
     clips = _all_clips(settings["seed"], settings["num_train"], settings["num_test"])
     clip = next((clip for clip in clips if clip.name == clip_name), None)
     if clip is None:
-        raise UserError(
-            f"{out_dir}: has no clip {clip_name!r}; its clips are {clips[0].name} to {clips[-1].name}"
-        )
+        raise UserError(f"{out_dir}: has no clip {clip_name!r}; its clips are {clips[0].name} to {clips[-1].name}")
     if view not in VIEWS:
         raise UserError(f"view {view!r}: must be one of {', '.join(VIEWS)}")
     plan = _plan(clip)
@@ -320,9 +325,7 @@ def _all_clips(seed: int, num_train: int, num_test: int) -> list[_DemoClip]:
         for position, labels in enumerate(_label_sequence(seed, split, count)):
             number = len(clips) + 1
             subject = (
-                position % NUM_TRAIN_SUBJECTS
-                if split == "train"
-                else NUM_TRAIN_SUBJECTS + position % NUM_TEST_SUBJECTS
+                position % NUM_TRAIN_SUBJECTS if split == "train" else NUM_TRAIN_SUBJECTS + position % NUM_TEST_SUBJECTS
             )
             clips.append(_DemoClip(seed, split, position, f"clip_{number:03d}", number, subject, labels))
     return clips
@@ -369,7 +372,7 @@ def _plan(clip: _DemoClip) -> _Plan:
         num_frames=num_frames,
         aus=tuple(aus),
         others=_meaningless(rng, num_frames),
-        rest=HeadPose(*rng.normal(0, (2.5, 2.0, 2.0)), shift=tuple(rng.normal(0, (3, 3, 8)))),
+        rest=HeadPose(*rng.uniform(-1, 1, 3) * _REST_DEGREES, shift=tuple(rng.normal(0, (3, 3, 5)))),
         sway=_sway(rng, num_frames),
         brightness=_flicker(rng, num_frames),
     )
@@ -498,17 +501,14 @@ def _claim(out_dir: Path, settings: dict) -> None:
     found = _read_manifest(out_dir)
     if found is None:
         if out_dir.exists() and (not out_dir.is_dir() or any(out_dir.iterdir())):
-            raise UserError(
-                f"{out_dir}: holds something else than demo clips; choose an empty or a new folder"
-            )
+            raise UserError(f"{out_dir}: holds something else than demo clips; choose an empty or a new folder")
         atomic_write_text(out_dir / MANIFEST, json.dumps(settings, indent=2) + "\n")
         return
     _check_version(out_dir, found)
     differing = ", ".join(f"{key}={found.get(key)}" for key in settings if found.get(key) != settings[key])
     if differing:
         raise UserError(
-            f"{out_dir}: holds demo clips made with {differing}; ask for the same, choose another folder "
-            "or delete it"
+            f"{out_dir}: holds demo clips made with {differing}; ask for the same, choose another folder or delete it"
         )
 
 
@@ -527,9 +527,7 @@ def _read_manifest(out_dir: Path) -> dict | None:
     except (FileNotFoundError, NotADirectoryError):
         return None
     except (OSError, ValueError) as error:
-        raise UserError(
-            f"{path}: cannot be read ({error}); delete the folder and make the demo clips anew"
-        ) from error
+        raise UserError(f"{path}: cannot be read ({error}); delete the folder and make the demo clips anew") from error
 
 
 def _truth_path(out_dir: Path, clip_name: str) -> Path:

@@ -39,9 +39,7 @@ PROTOTYPES: dict[str, tuple[tuple[tuple[str, ...], float], ...]] = {
 # Opposite pulls at one place: shown together, both would vanish from the picture while their labels stayed.
 CLASHES = (frozenset({"AU1", "AU4"}), frozenset({"AU18", "AU14"}))
 
-_OCCLUSION = (
-    0.3  # darkening (natural log of brightness) per px of a furrow's depth: less sky is seen from inside
-)
+_OCCLUSION = 0.3  # darkening (natural log of brightness) per px of a furrow's depth: less sky is seen from inside
 _SHADING = 0.8  # of slope times light direction, as for a matt surface
 
 

@@ -21,7 +21,7 @@ from mer_jax.errors import UserError
 FACE_HEIGHT = 224.0  # px from the highest to the lowest landmark; the scale on which all amplitudes are given
 VIEW_SIZE = 320  # px, side of one view; the usual x1.5 face crop fits into it
 CANVAS_SIZE = 416  # px; leaves a margin around the view for turned heads
-CAMERA_YAW = 14.0  # degrees left and right; more would hide the far mouth corner, less would show no depth
+CAMERA_YAW = 11.0  # degrees left and right: enough to show depth, little enough for the detector
 CAMERA_DISTANCE = 5.0 * FACE_HEIGHT  # px; a portrait lens, so that moving towards the camera shows as growing
 
 _CENTRE = (CANVAS_SIZE - 1) / 2
@@ -125,8 +125,7 @@ def base_face() -> BaseFace:
         found = mesh.landmarks(photograph)
     if found is None:
         raise UserError(
-            "skimage.data.astronaut(): MediaPipe finds no face in it; install the versions that "
-            "requirements.txt names"
+            "skimage.data.astronaut(): MediaPipe finds no face in it; install the versions that requirements.txt names"
         )
     # A hundredth of a pixel is far below what can be seen and far above what differs between processors.
     found = np.round(found.astype(np.float64), 2)
@@ -249,9 +248,7 @@ class Camera:
         turn = rotation(pose.yaw, pose.pitch, pose.roll)
         # The neck, not the middle of the head, holds still.
         neck = np.array([_CENTRE, _CENTRE + 0.6 * FACE_HEIGHT, _DEPTH_CENTRE + 20.0])
-        sway = np.concatenate(
-            [turn - np.eye(3), (np.array(pose.shift) - (turn - np.eye(3)) @ neck)[:, None]], axis=1
-        )
+        sway = np.concatenate([turn - np.eye(3), (np.array(pose.shift) - (turn - np.eye(3)) @ neck)[:, None]], axis=1)
         moved += cv2.transform(moved, sway) * self._head[..., None]
         return self._project(moved) - self._projected
 
@@ -341,9 +338,7 @@ def _complexion(rng: np.random.Generator, base: BaseFace) -> np.ndarray:
     skin = base.skin[..., None]
     lighter = rng.uniform(0.62, 1.06)
     onto_skin = lab * np.float32([lighter, 1, 1]) + np.float32([0, rng.normal(0, 2.5), rng.normal(2, 3)])
-    onto_rest = lab * np.float32([rng.uniform(0.6, 1.1), 1, 1]) + np.float32(
-        [0, rng.normal(0, 4), rng.normal(0, 6)]
-    )
+    onto_rest = lab * np.float32([rng.uniform(0.6, 1.1), 1, 1]) + np.float32([0, rng.normal(0, 4), rng.normal(0, 6)])
     lab = onto_skin * skin + onto_rest * (1 - skin)
 
     # The photograph's face is half as large, so its pores are gone, without which skin would slide unseen.
