@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from data_builders import four_dme
 from mer_jax.clips.crops import CropConfig
 from mer_jax.errors import UserError
-from mer_jax.extractors.base import EXTRACTORS
+from mer_jax.extractors.base import EMBEDDED, EXTRACTORS
 
 _CROP_FIELDS = tuple(field.name for field in dataclasses.fields(CropConfig))
 
@@ -60,8 +60,8 @@ def _parser() -> argparse.ArgumentParser:
     add("--column", nargs="+", action="extend", metavar="OURS=THEIRS",
         help="challenge: what the CSV calls a column, e.g. Negative=neg subject=sub_ID")  # fmt: skip
     add("--workbook", help="release: the labelling workbook (.xlsx)")
-    add("--extractors", nargs="*", default=list(EXTRACTORS), metavar="NAME",
-        help=f"features to compute (default: {' '.join(EXTRACTORS)})")  # fmt: skip
+    add("--extractors", nargs="*", default=list(EMBEDDED), metavar="NAME",
+        help=f"features to compute, of {', '.join(EXTRACTORS)} (default: {' '.join(EMBEDDED)})")  # fmt: skip
     add("--features", nargs="+", action="extend", metavar="NAME=DIR", help="features computed elsewhere")
     add("--feature_frames", default="strict", choices=("strict", "shortest"),
         help="features from elsewhere: one row per frame of the clip, or cut to the shortest")  # fmt: skip

@@ -26,10 +26,11 @@ from data_builders.four_dme.preparation import (
     views_of,
 )
 from mer_jax.clips.crops import CropConfig
+from mer_jax.clips.demo import VERSION as DEMO_VERSION
 from mer_jax.clips.demo import make_demo_clips
 from mer_jax.clips.layouts import LABELS, Clip, read_challenge, read_release
 from mer_jax.errors import UserError
-from mer_jax.extractors.base import EXTRACTORS, get_extractor
+from mer_jax.extractors.base import EMBEDDED, EXTRACTORS, get_extractor
 from mer_jax.extractors.feature_files import read_sample_features
 from mer_jax.files import atomic_write_text
 
@@ -55,6 +56,7 @@ class _Options:
     feature_frames: str
     seed: int | None
     demo_clips: tuple[int, int] | None
+    demo_version: int | None
 
 
 def version_dir(config_name: str, data_dir: str | os.PathLike = "data") -> Path:
@@ -77,7 +79,7 @@ def build(
     labels: str | os.PathLike | None = None,
     columns: Mapping[str, str] | None = None,
     workbook: str | os.PathLike | None = None,
-    extractors: Sequence[str] = EXTRACTORS,
+    extractors: Sequence[str] = EMBEDDED,
     features: Mapping[str, str | os.PathLike] | None = None,
     crop: CropConfig | None = None,
     feature_frames: Literal["strict", "shortest"] = "strict",
@@ -101,7 +103,7 @@ def build(
         labels: Challenge: the CSV of training labels, ``source/train.csv`` unless given.
         columns: Challenge: names of the CSV's columns, {ours: theirs}.
         workbook: Release: the labelling workbook.
-        extractors: Names of the embedded extractors to run on the frames; may be empty.
+        extractors: Names of the extractors to run on the frames; may be empty.
         features: Features from elsewhere, {name: folder}; layouts as in
             :mod:`mer_jax.extractors.feature_files`.
         crop: How faces are cut out; 256 px for the demo, the paper's 1024 px otherwise, unless given.
@@ -133,6 +135,7 @@ def build(
         feature_frames=feature_frames,
         seed=seed if demo else None,
         demo_clips=tuple(demo_clips) if demo else None,
+        demo_version=DEMO_VERSION if demo else None,
     )
     _check(options)
     target = version_dir(config_name, data_dir)
@@ -166,7 +169,7 @@ def _build(
     rows: dict[str, list[dict[str, Any]]] = {}
     notes = _Notes()
     for clip, view, path in views:
-        prepared = load_prepared(path)[view]
+        prepared = load_prepared(path, view)
         sample = sample_name(clip, view)
         lengths = [len(from_files[name][sample]) for name in from_files]
         num_frames = min([len(clip.frames), *lengths])
@@ -174,7 +177,7 @@ def _build(
         notes.add(clip, sample, prepared, num_frames)
 
     def record(row: dict[str, Any], path: Path, sample: str) -> dict[str, Any]:
-        values = load_prepared(path)[row["view"]].features if options.extractors else {}
+        values = load_prepared(path, row["view"]).features
         values |= {name: samples[sample] for name, samples in from_files.items()}
         return row | {"features": {name: value[: row["num_frames"]] for name, value in values.items()}}
 
@@ -237,7 +240,7 @@ def _check(options: _Options) -> None:
         if not re.fullmatch(r"[a-z][a-z0-9_]*", name):
             raise UserError(f"--features {name}=...: call it by small letters, digits and _ only")
         if name in EXTRACTORS:
-            raise UserError(f"--features {name}=...: {name} is an embedded extractor; choose another name")
+            raise UserError(f"--features {name}=...: {name} is an extractor of this library; choose another name")
     if not options.extractors and not options.features:
         raise UserError("neither --extractors nor --features: name at least one source of features")
 
@@ -275,10 +278,10 @@ def _differences(built: Mapping[str, Any], options: _Options, clips: Sequence[Cl
         for name, value in options.crop.items():
             if settings["crop"].get(name) != value:
                 differences.append(f"crop {name} {settings['crop'].get(name)}, asked {value}")
-    for name in ("source", "test_source", "labels", "columns", "workbook", "seed", "demo_clips"):
+    for name in ("source", "test_source", "labels", "columns", "workbook", "seed", "demo_clips", "demo_version"):
         asked = json.loads(json.dumps(getattr(options, name)))
-        if asked is not None and settings[name] != asked:
-            differences.append(f"{name} {settings[name]}, asked {asked}")
+        if asked is not None and settings.get(name) != asked:
+            differences.append(f"{name} {settings.get(name)}, asked {asked}")
     if options.features and settings["feature_frames"] != options.feature_frames:
         differences.append(f"feature_frames {settings['feature_frames']}, asked {options.feature_frames}")
     for name in options.extractors:

@@ -85,7 +85,8 @@ class Builder(tfds.core.GeneratorBasedBuilder):
                     "apex": tfds.features.Scalar(np.int32, doc="Frame index; -1 unknown."),
                     "offset": tfds.features.Scalar(np.int32, doc="Frame index, inclusive; -1 unknown."),
                     "features": {
-                        name: tfds.features.Tensor(shape=(None, dim), dtype=np.float32, doc="(T, D)")
+                        # As bytes: TFDS packs and unpacks lists of floats one by one.
+                        name: tfds.features.Tensor(shape=(None, dim), dtype=np.float32, encoding="bytes", doc="(T, D)")
                         for name, dim in self._dims.items()
                     },
                 }

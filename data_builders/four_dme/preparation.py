@@ -130,18 +130,15 @@ def prepare(
     return paths
 
 
-def load_prepared(path: Path) -> dict[str, PreparedView]:
-    """Reads one finished clip: view name to what was computed from it."""
+def load_prepared(path: Path, view: str) -> PreparedView:
+    """Reads what was computed from one view of a finished clip."""
     with np.load(path) as stored:
         told = json.loads(str(stored["told"]))
-        return {
-            view: PreparedView(
-                box=Box(**facts["box"]),
-                features={name: stored[f"{view}.{name}"] for name in told["extractors"]},
-                missing=facts["missing"],
-            )
-            for view, facts in told["views"].items()
-        }
+        return PreparedView(
+            box=Box(**told["views"][view]["box"]),
+            features={name: stored[f"{view}.{name}"] for name in told["extractors"]},
+            missing=told["views"][view]["missing"],
+        )
 
 
 def _is_finished(task: _Task) -> bool:

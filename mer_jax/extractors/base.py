@@ -20,6 +20,7 @@ Session = Callable[[np.ndarray], np.ndarray]
 # Modules are named, not imported: listing the extractors must not load their networks.
 _MODULES = {"hog": "mer_jax.extractors.hog", "facemesh": "mer_jax.extractors.facemesh"}
 EXTRACTORS = tuple(_MODULES)
+EMBEDDED = ("hog", "facemesh")  # need no weights beyond what is installed; what data sets hold unless told otherwise
 
 
 @dataclasses.dataclass(frozen=True)

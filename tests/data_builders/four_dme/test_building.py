@@ -266,7 +266,7 @@ def test_bad_features_stop_before_any_extraction(build, features, prepared):
         ("challenge", {"extractors": ("hogg",), "source": "x"}, r"extractor 'hogg' is unknown"),
         ("challenge", {"extractors": ("hog", "hog"), "source": "x"}, r"names one twice"),
         ("challenge", {"extractors": (), "source": "x"}, r"name at least one source of features"),
-        ("challenge", {"features": {"hog": "."}, "source": "x"}, r"hog is an embedded extractor"),
+        ("challenge", {"features": {"hog": "."}, "source": "x"}, r"hog is an extractor of this library"),
         ("challenge", {"features": {"A b": "."}, "source": "x"}, r"small letters, digits and _ only"),
         ("challenge", {"features": {"a": "absent"}, "source": "x"}, r"absent: no such folder of features"),
         ("demo", {"demo_clips": (1, 0)}, r"at least one training and one test clip"),
