@@ -140,22 +140,39 @@ def build(
     _check(options)
     target = version_dir(config_name, data_dir)
     work = Path(data_dir) / "work" / "four_dme" / config_name
+    crop = crop or default_crop(config_name)
+    # What is built needs no lock, so that it may lie on a read-only disk.
+    if _is_built(target, options, crop):
+        return target
     with _exclusive(work):
-        built = _read_facts(target)
-        # Clips are only read for a comparison where the caller says where they are.
-        clips = _clips(options, data_dir, workers) if built is None or options.source else None
-        if built is not None:
-            differences = _differences(built, options, clips)
-            if differences:
-                raise UserError(
-                    f"{target}: built with other settings ({'; '.join(differences)}); remove this folder to "
-                    "build it again, or give another --data_dir"
-                )
-            if _is_whole(target):
-                return target
-            clips = clips or _clips(options, data_dir, workers)
-        _build(options, clips, crop or default_crop(config_name), work, target, workers)
+        if not _is_built(target, options, crop):
+            _build(options, _clips(options, data_dir, workers), crop, work, target, workers)
     return target
+
+
+def _is_built(target: Path, options: _Options, crop: CropConfig) -> bool:
+    """Whether what is asked for is there; False also where only files of the very same data are lost.
+
+    Raises:
+        UserError: Something else is there.
+    """
+    built = _read_facts(target)
+    if built is None:
+        return False
+    # Clips are only read for a comparison where the caller says where they are.
+    clips = _clips(options) if options.source else None
+    differences = _differences(built, options, clips)
+    if differences:
+        raise UserError(
+            f"{target}: built with other settings ({'; '.join(differences)}); remove this folder to build it "
+            "again, or give another --data_dir"
+        )
+    if _is_whole(target):
+        return True
+    same_extractors = set(built["extractors"]) == {*options.extractors, *options.features}
+    if not same_extractors or built["settings"] != _settings(options, crop):
+        raise UserError(f"{target}: files of records are missing; remove this folder to build it again")
+    return False
 
 
 def _build(
@@ -317,7 +334,7 @@ def _content(clips: Sequence[Clip], options: _Options) -> str:
 # --- reading -----------------------------------------------------------------------------------------------
 
 
-def _clips(options: _Options, data_dir: str | os.PathLike, workers: int | None) -> list[Clip]:
+def _clips(options: _Options, data_dir: str | os.PathLike = "", workers: int | None = None) -> list[Clip]:
     if options.config == "demo":
         num_train, num_test = options.demo_clips
         source = make_demo_clips(

@@ -138,6 +138,9 @@ def test_a_lost_record_file_is_rebuilt_in_place(build, prepared):
     lost = next(folder.glob("*train.array_record*"))
     content = lost.read_bytes()
     lost.unlink()
+    # Left to its defaults the crop would be another one.
+    with pytest.raises(UserError, match=r"files of records are missing; remove this folder"):
+        build(crop=None)
     assert build() == folder
     assert lost.read_bytes() == content and len(prepared) == 4
     assert len(read(folder)["train"]) == len(before["train"])
