@@ -37,7 +37,7 @@ from mer_jax.files import atomic_write_text
 from mer_jax.parallel import available_processors
 from mer_jax.progress import progress
 
-VERSION = 1  # of the rendering; to be raised whenever any pixel changes
+VERSION = 2  # of the rendering; to be raised whenever any pixel changes
 NUM_TRAIN_SUBJECTS, NUM_TEST_SUBJECTS = 19, 5  # 24 as in 4DMR, in proportion to 100 and 28 clips
 VIEWS = ("l", "r")
 MANIFEST = "demo.json"
@@ -60,28 +60,22 @@ _MIX = {
 
 # What makes the task easy or hard. Amplitudes are px at a face height of 224 px.
 _NUM_FRAMES = (14, 32)  # 4DMR clips are trimmed to the active interval, a few hundred milliseconds
-_AMPLITUDE = (
-    0.8,
-    3.0,
-)  # of the strongest action unit; below, sway and landmark noise rule
-_MIN_AMPLITUDE = 0.5  # of any other one
+_AMPLITUDE = (1.0, 3.0)  # of an expression's first action unit; below, sway and noise rule
+_MIN_AMPLITUDE = 0.5  # of its other ones, which take 60 to 100 % of the first
 _REST_DEGREES = 2.5  # greatest yaw, pitch and roll of the head at the start; people face the camera
-_SWAY_DEGREES = 0.35  # sd of yaw, pitch and roll; half a degree moves the nose by as much as a faint AU
-_SWAY_SHIFT = 0.8  # px, sd
+_SWAY_DEGREES = 0.25  # sd of yaw, pitch and roll; enough to move the nose by as much as a faint AU
+_SWAY_SHIFT = 0.6  # px, sd; a head held as still as the task asks for
 _NOISE = 1.6  # grey levels, sd, at mid grey: a machine-vision camera in room light
 _FLICKER = 0.006  # relative, sd
-_BLINK = (0.3, (3.0, 7.0))  # share of clips with it, amplitude
+# Movements without a meaning: share of clips that show them, range of their amplitude.
+_BLINK = (0.3, (3.0, 7.0))
 _GAZE = (0.35, (0.5, 2.0))
-_MOUTH_DRIFT = (0.5, (0.2, 0.8))
-_JAW_DRIFT = (0.4, (0.2, 0.8))
+_MOUTH_DRIFT = (0.5, (0.2, 0.7))
+_JAW_DRIFT = (0.4, (0.2, 0.7))
 _JPEG_QUALITY = 95
 
-_CLIP_STREAM, _NOISE_STREAM, _MIX_STREAM, _HABIT_STREAM = (
-    2,
-    3,
-    4,
-    5,
-)  # keep the random numbers apart from those of the subjects
+# Keep the random numbers apart from each other and from those of a subject.
+_CLIP_STREAM, _NOISE_STREAM, _MIX_STREAM, _HABIT_STREAM = 2, 3, 4, 5
 
 _NOTICE = """# Demo clips of mer_jax
 
@@ -372,7 +366,7 @@ def _plan(clip: _DemoClip) -> _Plan:
         num_frames=num_frames,
         aus=tuple(aus),
         others=_meaningless(rng, num_frames),
-        rest=HeadPose(*rng.uniform(-1, 1, 3) * _REST_DEGREES, shift=tuple(rng.normal(0, (3, 3, 5)))),
+        rest=HeadPose(*rng.uniform(-1, 1, 3) * _REST_DEGREES, shift=tuple(rng.normal((0, -5, 0), (3, 2, 5)))),
         sway=_sway(rng, num_frames),
         brightness=_flicker(rng, num_frames),
     )
