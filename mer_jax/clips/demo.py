@@ -30,7 +30,7 @@ import cv2
 import numpy as np
 
 from mer_jax.clips import demo_actions as actions
-from mer_jax.clips.demo_face import CAMERA_YAW, VIEW_SIZE, Camera, HeadPose, make_subject, sample
+from mer_jax.clips.demo_face import CAMERA_YAW, VIEW_SIZE, Camera, HeadPose, base_face, make_subject, sample
 from mer_jax.clips.layouts import LABELS
 from mer_jax.errors import UserError
 from mer_jax.files import atomic_write_text
@@ -437,6 +437,7 @@ def _flicker(rng: np.random.Generator, num_frames: int) -> np.ndarray:
 
 def _make_all(out_dir: Path, clips: list[_DemoClip], workers: int) -> None:
     """Renders ``clips`` on threads: OpenCV and NumPy do the work and let go of the interpreter's lock."""
+    base_face()  # before the threads start, each of which would otherwise make its own
     stop = threading.Event()
     for split in ("train", "test"):
         (out_dir / split).mkdir(exist_ok=True)

@@ -19,7 +19,7 @@ import numpy as np
 from mer_jax.errors import UserError
 
 FACE_HEIGHT = 224.0  # px from the highest to the lowest landmark; the scale on which all amplitudes are given
-VIEW_SIZE = 320  # px, side of one view; the usual x1.5 face crop fits into it
+VIEW_SIZE = 320  # px, side of one view; the head fills it
 CANVAS_SIZE = 416  # px; leaves a margin around the view for turned heads
 CAMERA_YAW = 11.0  # degrees left and right: enough to show depth, little enough for the detector
 CAMERA_DISTANCE = 5.0 * FACE_HEIGHT  # px; a portrait lens, so that moving towards the camera shows as growing
@@ -29,7 +29,7 @@ _DEPTH_CENTRE = 40.0  # px behind the mean face: about where a head turns
 _SUBJECT_STREAM = 1  # keeps a subject's random numbers apart from a clip's
 _LAMP = 0.35  # share of the directed light; the photograph's own light stays the greater part
 _SIDE_DEPTH = 35.0  # px behind the mean face at which the surface levels off
-_BACKGROUND_DEPTH = 50.0  # px; a plane as far away as it was would tear at the hair
+_BACKGROUND_DEPTH = 50.0  # px; at its true distance, hair and wall would tear apart
 
 # FaceMesh landmark numbers (right, left) used by the surface itself.
 _OUTER_EYE = (33, 263)
@@ -50,7 +50,6 @@ class BaseFace:
         depth: (S, S) float32, z of the surface in px, 0 at the mean of the face.
         head: (S, S) float32 in [0, 1]: how much a point follows the head (1 on the head, 0 far from it).
         skin: (S, S) float32 in [0, 1].
-        face: (S, S) float32 in [0, 1]: inside the face oval.
     """
 
     texture: np.ndarray
@@ -58,7 +57,6 @@ class BaseFace:
     depth: np.ndarray
     head: np.ndarray
     skin: np.ndarray
-    face: np.ndarray
 
 
 @dataclass(frozen=True)
@@ -153,7 +151,6 @@ def base_face() -> BaseFace:
     oval = np.zeros((CANVAS_SIZE, CANVAS_SIZE), np.uint8)
     cv2.fillPoly(oval, [np.round(landmarks[list(_FACE_OVAL), :2]).astype(np.int32)], 1)
     outside = cv2.distanceTransform(1 - oval, cv2.DIST_L2, 5)
-    face = cv2.GaussianBlur(oval.astype(np.float32), (0, 0), 4)
 
     from_middle = (grid(CANVAS_SIZE) - np.float32([_CENTRE, _CENTRE - 35])) / np.float32([165, 185])
     head = 1 - _smoothstep((np.sqrt((from_middle**2).sum(axis=-1)) - 1.0) / 0.5)
@@ -163,7 +160,6 @@ def base_face() -> BaseFace:
         depth=_depth(landmarks, oval, outside),
         head=head.astype(np.float32),
         skin=_skin(texture, landmarks, outside),
-        face=face,
     )
 
 
