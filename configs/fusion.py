@@ -42,7 +42,7 @@ def get_config(variant: str = "fusion") -> ConfigDict:
     # components (fitted on the training folds; 0 keeps all features).
     data.modalities = ConfigDict()
     data.modalities.appearance = ConfigDict(
-        {"extractor": "hog", "reference": "onset", "normalise": "standard", "reduce": 128}
+        {"extractor": "hog", "reference": "none", "normalise": "standard", "reduce": 128}
     )
     data.modalities.geometry = ConfigDict(
         {"extractor": "facemesh", "reference": "none", "normalise": "standard", "reduce": 128}
@@ -57,8 +57,9 @@ def get_config(variant: str = "fusion") -> ConfigDict:
     model.feature_dropout_kind = "clip"  # one mask a feature and 'clip', or a feature and 'frame'
     model.concat_width = 0  # 'concat' keeps only so many values; 0 keeps all
 
+    config.train.epochs = 100
     config.train.dropout = 0.3
-    config.train.feature_dropout = 0.3
+    config.train.feature_dropout = 0.5
     config.train.learning_rate = 1e-3
     config.train.weight_decay = 0.05
 

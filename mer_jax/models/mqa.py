@@ -48,7 +48,8 @@ class MultiQueryPooling(nn.Module):
             sum to 1.
         """
         width = features.shape[-1]
-        queries = self.param("query", nn.initializers.normal(1.0), (self.num_queries, self.key_dim))
+        # Small queries begin near the plain mean over time and learn where to look; the paper does not say.
+        queries = self.param("query", nn.initializers.normal(0.1), (self.num_queries, self.key_dim))
         key_kernel = self.param("key_kernel", nn.initializers.lecun_normal(), (width, self.key_dim))
         value_kernel = self.param("value_kernel", nn.initializers.lecun_normal(), (width, self.key_dim))
 

@@ -27,6 +27,7 @@ class StudyData:
         clip_labels: ``(C, 5)`` int8, 0/1; -1 where unknown.
         sample_clip: ``(N,)`` int32, index into the clips.
         sample_view: ``(N,)`` str.
+        face_found: ``(N,)`` bool, False where the crop is a fallback because no face was detected.
         features: Modality to ``(N, T, D)`` float32.
         frame_mask: ``(N, T)`` bool, False for padding.
     """
@@ -38,6 +39,7 @@ class StudyData:
     clip_labels: np.ndarray
     sample_clip: np.ndarray
     sample_view: np.ndarray
+    face_found: np.ndarray
     features: Mapping[str, np.ndarray]
     frame_mask: np.ndarray
 
@@ -80,7 +82,7 @@ def load_dataset(version_dir: Path, extractors: Mapping[str, str], *, num_frames
     records.sort(key=lambda item: (item[0] == "test", int(item[1]["id"]), item[1]["clip"], item[1]["view"]))
 
     clips: dict[str, tuple] = {}
-    sample_clip, sample_view, masks = [], [], []
+    sample_clip, sample_view, face_found, masks = [], [], [], []
     features = {modality: [] for modality in extractors}
     for split, record in records:
         name = record["clip"].decode()
@@ -90,6 +92,7 @@ def load_dataset(version_dir: Path, extractors: Mapping[str, str], *, num_frames
         clips.setdefault(name, (int(record["id"]), record["subject"].decode(), split, labels))
         sample_clip.append(list(clips).index(name))
         sample_view.append(record["view"].decode())
+        face_found.append(bool(record["face_found"]))
         for modality, extractor in extractors.items():
             frames = np.asarray(record["features"][extractor], np.float32)  # (T_clip, D)
             if not np.isfinite(frames).all():
@@ -111,6 +114,7 @@ def load_dataset(version_dir: Path, extractors: Mapping[str, str], *, num_frames
         clip_labels=np.stack(labels),
         sample_clip=np.array(sample_clip, np.int32),
         sample_view=np.array(sample_view),
+        face_found=np.array(face_found),
         features={modality: np.stack(stack) for modality, stack in features.items()},
         frame_mask=np.stack(masks),
     )

@@ -89,8 +89,8 @@ def check_data(workdir: Path, data: StudyData) -> None:
 
 
 def write_tables(workdir: Path, data: StudyData, clip_fold: np.ndarray, members: Sequence[Member]) -> None:
-    """Writes ``folds.csv`` (one row a clip) and ``members.csv`` (one row a member)."""
-    rows = [("clip", "id", "subject", "split", "fold", *LABELS)]
+    """Writes ``folds.csv`` (a row a clip; ``face_found`` is 1 where every view had a face) and ``members.csv``."""
+    rows = [("clip", "id", "subject", "split", "fold", "face_found", *LABELS)]
     for index, name in enumerate(data.clip_name):
         labels = [value if value >= 0 else "" for value in data.clip_labels[index].tolist()]
         rows.append(
@@ -100,6 +100,7 @@ def write_tables(workdir: Path, data: StudyData, clip_fold: np.ndarray, members:
                 data.clip_subject[index],
                 data.clip_split[index],
                 clip_fold[index],
+                int(data.face_found[data.sample_clip == index].all()),
                 *labels,
             )
         )
