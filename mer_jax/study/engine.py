@@ -253,7 +253,7 @@ def train_epoch(
         rate = learning_rate(recipe, member.hyper["learning_rate"], state.step, total_steps)
         updates, opt_state = _optimiser(member.hyper, rate).update(gradients, state.opt_state, params)
         active = jnp.any(sample_mask) & ~state.stopped & (state.diverged_at < 0) & (state.step < total_steps)
-        finite = jnp.isfinite(loss) & jnp.isfinite(optax.global_norm(gradients))
+        finite = jnp.isfinite(loss) & jnp.isfinite(optax.tree.norm(gradients))
         update = active & finite
 
         def keep(new, old):

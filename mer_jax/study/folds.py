@@ -8,6 +8,9 @@ from mer_jax.errors import UserError
 
 SCHEMES = ("stratified", "subject", "loso")
 
+# Enough to be even, few enough that seeds still give different folds.
+_DEALS = 16
+
 
 def make_folds(labels: np.ndarray, subjects: np.ndarray, *, scheme: str, num_folds: int, seed: int) -> np.ndarray:
     """Assigns every clip to the fold that holds it out.
@@ -105,26 +108,39 @@ def _stratified(labels: np.ndarray, num_folds: int, seed: int) -> np.ndarray:
 
 
 def _grouped(labels: np.ndarray, subjects: np.ndarray, num_folds: int, seed: int) -> np.ndarray:
-    """Greedy stratification of whole subjects: the most uneven first, each to the fold that it unbalances least."""
+    """Stratification of whole subjects: the most even of several greedy deals, each in a random order.
+
+    A deal takes subjects of many clips first and gives each to the fold that it unbalances least, over all labels and
+    the number of clips alike.
+    """
     names, group = np.unique(subjects, return_inverse=True)
-    # The clip count is balanced like one more label.
     columns = np.concatenate([labels, np.ones((len(labels), 1))], axis=1).astype(np.float64)
     counts = np.zeros((len(names), columns.shape[1]))
     np.add.at(counts, group, columns)
-    counts /= np.maximum(counts.sum(axis=0), 1.0)
-    order = np.random.default_rng(seed).permutation(len(names))
-    order = order[np.argsort(-counts[order].std(axis=1), kind="stable")]
-    load = np.zeros((num_folds, counts.shape[1]))
-    fold_of_group = np.zeros(len(names), np.int32)
-    for position, index in enumerate(order):
-        spread = [
-            (load + np.eye(num_folds)[:, [candidate]] * counts[index]).std(axis=0).mean()
-            for candidate in range(num_folds)
-        ]
-        # The last subjects go where no fold would stay empty.
-        empty = np.flatnonzero(~load.any(axis=1))
-        allowed = empty if len(order) - position <= len(empty) else np.arange(num_folds)
-        chosen = allowed[int(np.argmin(np.asarray(spread)[allowed]))]
-        fold_of_group[index] = chosen
-        load[chosen] += counts[index]
+    sizes = counts[:, -1]
+    counts /= np.maximum(counts.sum(axis=0), 1.0)  # every label weighs the same, rare or not
+    rng = np.random.default_rng(seed)
+    deals = []
+    for _ in range(_DEALS):
+        order = rng.permutation(len(names))
+        order = order[np.argsort(-sizes[order], kind="stable")]
+        deals.append(_deal(counts, order, num_folds))
+    fold_of_group, _ = min(deals, key=lambda deal: deal[1])
     return fold_of_group[group]
+
+
+def _deal(counts: np.ndarray, order: np.ndarray, num_folds: int) -> tuple[np.ndarray, float]:
+    """Gives groups ``(G,)`` in ``order`` to folds; returns the folds ``(G,)`` and how uneven they came out."""
+    load = np.zeros((num_folds, counts.shape[1]))
+    fold = np.zeros(len(counts), np.int32)
+    for position, index in enumerate(order):
+        # The unevenness after giving this group to each of the folds: (candidates, folds, labels) -> (candidates,).
+        after = load[None] + np.eye(num_folds)[:, :, None] * counts[index]
+        spread = after.std(axis=1).mean(axis=1)
+        empty = np.flatnonzero(~load.any(axis=1))
+        # The last groups go where a fold would stay empty.
+        allowed = empty if len(order) - position <= len(empty) else np.arange(num_folds)
+        chosen = allowed[int(np.argmin(spread[allowed]))]
+        fold[index] = chosen
+        load[chosen] += counts[index]
+    return fold, float(load.std(axis=0).mean())

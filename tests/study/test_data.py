@@ -1,0 +1,112 @@
+"""Study data: what is fitted is fitted on training folds only."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+from sklearn.decomposition import PCA
+from sklearn.preprocessing import StandardScaler
+
+from mer_jax.study.data import StudyData, fit_feature_map, fixed_steps, prepare_features
+
+STEP = {"reference": "none", "normalise": "standard", "reduce": 0}
+
+
+def make_data(rng, clips=12, frames=5, width=7, test=3):
+    samples = np.repeat(np.arange(clips), 2)
+    return StudyData(
+        clip_name=np.array([f"{index:03d}" for index in range(clips)]),
+        clip_id=np.arange(clips),
+        clip_subject=np.array(["a"] * clips),
+        clip_split=np.array(["train"] * (clips - test) + ["test"] * test),
+        clip_labels=rng.integers(0, 2, (clips, 5)).astype(np.int8),
+        sample_clip=samples.astype(np.int32),
+        sample_view=np.array(["l", "r"] * clips),
+        face_found=np.ones(2 * clips, bool),
+        features={"x": (rng.normal(size=(2 * clips, frames, width)) * 3 + 1).astype(np.float32)},
+        frame_mask=np.ones((2 * clips, frames), bool),
+    )
+
+
+@pytest.fixture
+def data(rng):
+    return make_data(rng)
+
+
+FOLDS = np.array([0, 1, 2] * 3 + [-1] * 3)
+
+
+@pytest.mark.parametrize("reduce", [0, 4])
+def test_held_out_and_test_clips_change_no_constant(data, reduce, rng):
+    steps = {"x": STEP | {"reduce": reduce}}
+    before, _ = prepare_features(data, FOLDS, 3, steps)
+    outside = (FOLDS == 1) | (FOLDS == -1)  # of fold 1's training
+    features = data.features["x"].copy()
+    rows = outside[data.sample_clip]
+    features[rows] = 100 * rng.normal(size=features[rows].shape)
+    after, _ = prepare_features(dataclasses.replace(data, features={"x": features}), FOLDS, 3, steps)
+    np.testing.assert_array_equal(after["x"][1][~rows], before["x"][1][~rows])
+    assert (after["x"][0][~rows] != before["x"][0][~rows]).any()  # for fold 0 some of these are training clips
+
+
+def test_labels_change_no_feature(data):
+    before, _ = prepare_features(data, FOLDS, 3, {"x": STEP})
+    after, _ = prepare_features(dataclasses.replace(data, clip_labels=1 - data.clip_labels), FOLDS, 3, {"x": STEP})
+    np.testing.assert_array_equal(before["x"], after["x"])
+
+
+def test_standardisation_equals_scikit_learn(data):
+    prepared, _ = prepare_features(data, FOLDS, 3, {"x": STEP})
+    train = np.isin(FOLDS, (0, 2))[data.sample_clip]
+    scaler = StandardScaler().fit(data.features["x"][train].reshape(-1, 7))
+    expected = scaler.transform(data.features["x"].reshape(-1, 7)).reshape(data.features["x"].shape)
+    np.testing.assert_allclose(prepared["x"][1], expected, rtol=1e-4, atol=1e-5)
+
+
+def test_reduction_spans_the_principal_components(data):
+    prepared, maps = prepare_features(data, FOLDS, 3, {"x": STEP | {"reduce": 3}})
+    assert prepared["x"].shape == (3, 24, 5, 3)
+    train = np.isin(FOLDS, (0, 1))[data.sample_clip]
+    frames = data.features["x"][train].reshape(-1, 7)
+    pca = PCA(3, svd_solver="full").fit(frames)
+    ours = maps["x"][2].projection
+    np.testing.assert_allclose(ours @ ours.T, pca.components_.T @ pca.components_, atol=1e-5)
+    np.testing.assert_allclose(prepared["x"][2][train].reshape(-1, 3).var(axis=0, ddof=1).mean(), 1.0, rtol=1e-4)
+
+
+def test_nothing_fitted_is_shared_by_all_folds(data):
+    prepared, maps = prepare_features(data, FOLDS, 3, {"x": STEP | {"normalise": "l2"}})
+    assert prepared["x"].shape[0] == 1
+    assert maps["x"] is None
+    np.testing.assert_allclose(np.linalg.norm(prepared["x"], axis=-1), 1.0, rtol=1e-5)
+
+
+def test_constant_features_become_zero(data):
+    features = data.features["x"].copy()
+    features[..., 2] = 5.0
+    prepared, _ = prepare_features(dataclasses.replace(data, features={"x": features}), FOLDS, 3, {"x": STEP})
+    np.testing.assert_array_equal(prepared["x"][..., 2], 0.0)
+    assert np.isfinite(prepared["x"]).all()
+
+
+def test_padding_enters_no_constant_and_stays_zero(data, rng):
+    mask = data.frame_mask.copy()
+    mask[:, 3:] = False
+    features = data.features["x"].copy()
+    features[:, 3:] = 1e3 * rng.normal(size=features[:, 3:].shape)
+    short = dataclasses.replace(data, features={"x": data.features["x"][:, :3]}, frame_mask=mask[:, :3])
+    padded = dataclasses.replace(data, features={"x": features}, frame_mask=mask)
+    ours, _ = prepare_features(padded, FOLDS, 3, {"x": STEP})
+    np.testing.assert_array_equal(ours["x"][:, :, 3:], 0.0)
+    np.testing.assert_allclose(ours["x"][:, :, :3], prepare_features(short, FOLDS, 3, {"x": STEP})[0]["x"], rtol=1e-5)
+
+
+def test_onset_reference_starts_at_zero(data):
+    features = fixed_steps(data.features["x"], data.frame_mask, reference="onset", normalise="none")
+    np.testing.assert_array_equal(features[:, 0], 0.0)
+    np.testing.assert_allclose(features[:, 3], data.features["x"][:, 3] - data.features["x"][:, 0], rtol=1e-6)
+
+
+def test_reduction_keeps_at_most_what_the_frames_span(data):
+    feature_map = fit_feature_map(data.features["x"], data.frame_mask, [0], standardise=True, reduce=50)
+    assert feature_map.projection.shape == (7, 4)  # five frames span four dimensions around their mean
