@@ -145,6 +145,10 @@ class _Graph:
 
     def open(self) -> None:
         with _quiet():
+            # The protobuf that MediaPipe is pinned to announces the end of a call that MediaPipe makes, and, when it is
+            # loaded by Python 3.12, of its own compiled part.
+            warnings.filterwarnings("ignore", message=r"SymbolDatabase\.GetPrototype", category=UserWarning)
+            warnings.filterwarnings("ignore", message=r"Type google\._upb\._message", category=DeprecationWarning)
             try:
                 from mediapipe import solutions
             except ImportError as error:
@@ -152,8 +156,6 @@ class _Graph:
                     f"MediaPipe cannot be loaded ({error}); install the version in requirements.txt and the "
                     "system libraries that the README names"
                 ) from error
-            # MediaPipe calls what the protobuf it is pinned to announces for removal.
-            warnings.filterwarnings("ignore", message=r"SymbolDatabase\.GetPrototype", category=UserWarning)
             self._solution = getattr(getattr(solutions, self._module), self._name)(**self._options)
             # The graph's threads load the models, and talk about it, in their own time. A first image makes
             # them finish; without a face it leaves no trace in a tracking graph.
