@@ -2,9 +2,12 @@
 
 import os
 
-# Before JAX is first imported: the tests of sharding need several devices, and none may touch an accelerator.
+# Before JAX is first imported: the tests of several devices need them, and none may touch an accelerator. The tests
+# compile many small programs and run each for a moment, so LLVM is told to hurry.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=4"
+os.environ["XLA_FLAGS"] = (
+    os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=4 --xla_backend_optimization_level=1"
+)
 os.environ.setdefault("GLOG_minloglevel", "2")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
