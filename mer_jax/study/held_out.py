@@ -101,6 +101,7 @@ class HeldOut:
     N scored clips, F folds, S complete seeds, five labels.
 
     Attributes:
+        row: ``(N,)`` place of each clip among the study's labelled clips.
         name: ``(N,)`` clip names.
         fold: ``(N,)``.
         subject: ``(N,)``, ``''`` where unknown.
@@ -113,6 +114,7 @@ class HeldOut:
         evaluation: The resolved settings.
     """
 
+    row: np.ndarray
     name: np.ndarray
     fold: np.ndarray
     subject: np.ndarray
@@ -132,7 +134,7 @@ class HeldOut:
         """The same study with its clips in another order ``(N,)``."""
         return dataclasses.replace(
             self,
-            **{name: getattr(self, name)[order] for name in ("name", "fold", "subject", "truth", "mask")},
+            **{name: getattr(self, name)[order] for name in ("row", "name", "fold", "subject", "truth", "mask")},
             probabilities=self.probabilities[:, order],
         )
 
@@ -158,7 +160,8 @@ class StudyMembers:
         self.fold = results.clip_fold[self.rows]
         labels = results.clip_labels[self.rows]
         self.truth, self.mask = labels == 1, labels != UNKNOWN_LABEL
-        self.folds = np.unique(self.fold)
+        # A study may train some of its folds only; the other clips are not scored, but serve as inner clips.
+        self.folds = np.unique(results.member_fold)
         # (M, C, 5), of which only the scored clips are kept.
         self.probabilities = combine_views(
             results.probabilities, results.sample_clip, len(results.clip_name), evaluation["views"]
@@ -257,15 +260,17 @@ class StudyMembers:
                 for found in (self.members(s, f) for s, f in zip(chosen, self.folds, strict=True))
             ]
         )  # (F, S)
-        index = np.searchsorted(self.folds, self.fold)
+        row = np.flatnonzero(np.isin(self.fold, self.folds))
+        index = np.searchsorted(self.folds, self.fold[row])
         tuned = np.stack([self.thresholds(s, f) for s, f in zip(chosen, self.folds, strict=True)])
-        by_seed = self.probabilities[member[index].T, np.arange(len(self.rows))]  # (S, N, 5)
+        by_seed = self.probabilities[member[index].T, row]  # (S, N, 5)
         return HeldOut(
-            name=results.clip_name[self.rows],
-            fold=self.fold,
-            subject=results.clip_subject[self.rows],
-            truth=self.truth,
-            mask=self.mask,
+            row=row,
+            name=results.clip_name[self.rows[row]],
+            fold=self.fold[row],
+            subject=results.clip_subject[self.rows[row]],
+            truth=self.truth[row],
+            mask=self.mask[row],
             seeds=seeds,
             member=member,
             thresholds=tuned,

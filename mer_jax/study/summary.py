@@ -188,6 +188,7 @@ def summarise(results: StudyResults, evaluation: Mapping[str, Any] | None = None
             "test_clips": int((results.clip_split == TEST).sum()),
             "subjects": len(set(subjects)) if all(subjects) else None,
             "folds": study.folds,
+            "folds_left_out": np.setdiff1d(study.fold, study.folds).tolist(),
             "seeds": held.seeds,
             "members": len(results.member_id),
             "members_ok": int(results.ok.sum()),
@@ -224,7 +225,7 @@ def _ensemble(study: StudyMembers, chosen: list[int], scorer: _Scorer) -> dict[s
     members = []
     for setting, fold in zip(chosen, study.folds, strict=True):
         found, rows = study.members(setting, fold), held.fold == fold
-        mean[0, rows] = study.probabilities[found][:, rows].mean(axis=0)
+        mean[0, rows] = study.probabilities[found][:, held.row[rows]].mean(axis=0)
         members.append(len(found))
     found = scorer.replicates(held.decide(mean, held.thresholds[held.fold_index]))
 
@@ -406,7 +407,7 @@ def _leaky(study: StudyMembers, held: HeldOut, scorer: _Scorer, honest: dict, un
             )
             if not curves:
                 continue
-            epochs = _epoch_probabilities(study, member, rows)  # (E, n, 5)
+            epochs = _epoch_probabilities(study, member, held.row[rows])  # (E, n, 5)
             present = ~np.isnan(epochs).any(axis=(1, 2))
             if not present.any():
                 curves = False
@@ -433,7 +434,7 @@ def _leaky(study: StudyMembers, held: HeldOut, scorer: _Scorer, honest: dict, un
 
 
 def _epoch_probabilities(study: StudyMembers, member: int, rows: np.ndarray) -> np.ndarray:
-    """``(E, n, 5)`` probabilities of the scored clips ``rows``, held out by ``member``, at every epoch."""
+    """``(E, n, 5)`` probabilities of the labelled clips ``rows``, held out by ``member``, at every epoch."""
     results = study.results
     position = np.full(len(results.clip_name), -1)
     position[study.rows[rows]] = np.arange(len(rows))
@@ -474,6 +475,8 @@ def _settings(study: StudyMembers, chosen: list[int]) -> list[dict[str, Any]]:
 
 def _notes(summary: dict[str, Any]) -> list[str]:
     study, notes = summary["study"], []
+    if study["folds_left_out"]:
+        notes.append(f"Not all folds were trained; left out: {', '.join(map(str, study['folds_left_out']))}.")
     if len(study["diverged"]):
         notes.append(
             f"{len(study['diverged'])} of {study['members']} members diverged and are left out: "
