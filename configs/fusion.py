@@ -12,6 +12,7 @@ The paper leaves optimiser, schedule, dropout rates, number of queries and d_k u
 
 from ml_collections import ConfigDict
 
+from mer_jax.errors import UserError
 from mer_jax.study.config import base_config
 
 VARIANTS = ("fusion", "appearance", "geometry", "concat", "mean", "released")
@@ -20,7 +21,7 @@ VARIANTS = ("fusion", "appearance", "geometry", "concat", "mean", "released")
 def get_config(variant: str = "fusion") -> ConfigDict:
     """The config of one of ``VARIANTS``."""
     if variant not in VARIANTS:
-        raise ValueError(f"configs/fusion.py:{variant}: choose one of {', '.join(VARIANTS)}")
+        raise UserError(f"configs/fusion.py:{variant}: no such variant; there are {', '.join(VARIANTS)}")
     config = base_config()
     config.name = "fusion" if variant == "fusion" else f"fusion_{variant}"
 

@@ -29,6 +29,12 @@ def ensure_dataset(data: Mapping, extractors: Sequence[str]) -> Path:
         known = ", ".join(f"four_dme/{config}" for config in four_dme.CONFIGS)
         raise UserError(f"config.data.dataset={data['dataset']!r}: must be one of {known}")
     features = dict(_pair("features", text) for text in data["features"])
+    unknown = [name for name in extractors if name not in EXTRACTORS and name not in features]
+    if unknown and not four_dme.version_dir(name, data["data_dir"]).exists():
+        raise UserError(
+            f"config.data.modalities: nothing gives features {unknown[0]!r}; choose an extractor of "
+            f"{', '.join(EXTRACTORS)}, or name the folder of these features in config.data.features"
+        )
     return four_dme.build(
         name,
         data_dir=data["data_dir"],

@@ -1,5 +1,6 @@
 """Progress with an ETA: a bar on a terminal, a line now and then in a log file."""
 
+import contextlib
 import sys
 import time
 from collections.abc import Iterable
@@ -43,8 +44,10 @@ class _LineProgress(tqdm):
         if self.n == self._last_count or (not finished and now - self._last_line < LOG_INTERVAL_SECONDS):
             return
         self._last_line, self._last_count = now, self.n
-        self.fp.write((msg or self.format_meter(**{**self.format_dict, "ncols": None, "bar_format": _LINE})) + "\n")
-        self.fp.flush()
+        line = msg or self.format_meter(**{**self.format_dict, "ncols": None, "bar_format": _LINE})
+        with contextlib.suppress(OSError):  # a log file on a full disk must not end the work
+            self.fp.write(line + "\n")
+            self.fp.flush()
 
     def close(self):
         if not self.disable:

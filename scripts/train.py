@@ -8,7 +8,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from absl import app, flags
 from ml_collections import config_flags
 
-from mer_jax.cli import open_door
+from mer_jax.cli import open_door, parse_config_flags
+from mer_jax.errors import UserError
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "Config file, such as configs/fusion.py:geometry.")
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run; runs/<name of config and overrides> by default.")
@@ -16,14 +17,14 @@ _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run; runs/<name o
 
 def main(argv: list[str]) -> None:
     """Flags to one function."""
-    if len(argv) > 1:
-        raise app.UsageError(f"unknown argument {argv[1]!r}")
-    overrides = config_flags.get_override_values(_CONFIG.value and flags.FLAGS["config"])
 
     def run():
+        if len(argv) > 1:
+            raise UserError(f"unknown argument {argv[1]!r}; --help lists the flags")
         from mer_jax.study.train import train
         from mer_jax.study.workdir import default_workdir
 
+        overrides = config_flags.get_override_values(flags.FLAGS["config"])
         return train(_CONFIG.value, _WORKDIR.value or default_workdir(_CONFIG.value, overrides), overrides)
 
     open_door(run)
@@ -31,4 +32,4 @@ def main(argv: list[str]) -> None:
 
 if __name__ == "__main__":
     flags.mark_flags_as_required(["config"])
-    app.run(main)
+    app.run(main, flags_parser=parse_config_flags)

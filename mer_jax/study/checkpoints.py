@@ -35,6 +35,8 @@ class BlockCheckpoints:
         Raises:
             UserError: The file system refuses; the checkpoints before this one are untouched.
         """
+        for rest in self._directory.glob("*.orbax-checkpoint-tmp*"):  # of a run that was killed here
+            shutil.rmtree(rest, ignore_errors=True)
         save_tree(self._directory / str(epoch), tree)
         for old in sorted(self._epochs())[:-_KEPT]:
             shutil.rmtree(self._directory / str(old), ignore_errors=True)
@@ -67,19 +69,24 @@ def save_tree(directory: Path, tree: Any) -> None:
     with _LOCK:
         try:
             directory.parent.mkdir(parents=True, exist_ok=True)
+            _remove_unfinished(directory)  # of a run that was killed here
             with _quiet(), ocp.StandardCheckpointer() as checkpointer:
                 checkpointer.save(directory, tree, force=True)
                 checkpointer.wait_until_finished()
         except Exception as error:
             # TensorStore reports a full disk as one of several exceptions of its own; whatever it was, the
             # unfinished folder must not fill the disk further.
-            for rest in directory.parent.glob(f"{directory.name}*orbax-checkpoint-tmp*"):
-                shutil.rmtree(rest, ignore_errors=True)
+            _remove_unfinished(directory)
             reason = str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
             raise UserError(
                 f"{directory}: the checkpoint could not be written ({reason}); free space there. Earlier checkpoints "
                 "are intact"
             ) from error
+
+
+def _remove_unfinished(directory: Path) -> None:
+    for rest in directory.parent.glob(f"{directory.name}.orbax-checkpoint-tmp*"):
+        shutil.rmtree(rest, ignore_errors=True)
 
 
 def load_tree(directory: Path, abstract: Any) -> Any:

@@ -8,7 +8,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from mer_jax.errors import UserError
-from mer_jax.study.folds import SCHEMES
+from mer_jax.study.held_out import resolve_evaluation
 from mer_jax.study.members import HYPER_NAMES
 
 # Fields that do not change any result; a run may go on under other values of these.
@@ -22,7 +22,8 @@ def base_config() -> ConfigDict:
     config.platform = ""  # '' takes the best there is; 'cpu', 'gpu' or 'tpu' insists
 
     config.folds = ConfigDict()
-    config.folds.scheme = "stratified"  # 'stratified' (the fusion paper), 'subject' or 'loso'
+    config.folds.scheme = "stratified"  # 'stratified' (the fusion paper), or 'loso': one fold a subject
+    config.folds.group = ""  # 'subject' keeps all clips of a subject in one fold; the fusion paper does not
     config.folds.num = 3  # number of folds; 'loso' makes one a subject
     config.folds.seed = 0  # shuffles the clips before they are dealt out
 
@@ -77,11 +78,10 @@ def validate(config: ConfigDict) -> None:
     """
     choices = {
         "platform": ("", "cpu", "gpu", "tpu"),
-        "folds.scheme": SCHEMES,
+        "folds.scheme": ("stratified", "loso"),
+        "folds.group": ("", "subject"),
         "train.loss": ("bce", "focal"),
         "train.class_weights": ("none", "balanced"),
-        "evaluation.views": ("mean", "max", "or"),
-        "evaluation.thresholds": ("fixed", "global", "per_class"),
     }
     for field, allowed in choices.items():
         _require(
@@ -100,7 +100,6 @@ def validate(config: ConfigDict) -> None:
         "train.epochs": 1,
         "train.batch_size": 1,
         "train.patience": 0,
-        "evaluation.bootstrap": 100,
     }.items():
         _require(config, field, lambda value, least=least: value >= least, f"at least {least}")
     _require(config, "study.num_inner", lambda value: value != 1, "0 or at least 2 (one part would be all of it)")
@@ -113,24 +112,38 @@ def validate(config: ConfigDict) -> None:
         "study.checkpoint_seconds",
     ):
         _require(config, field, lambda value: value >= 0 and math.isfinite(value), "a number of at least 0")
-    _require(config, "evaluation.confidence", lambda value: 0 < value < 1, "between 0 and 1")
+    for field in HYPER_NAMES:
+        least, most = 0, 1 if "dropout" in field else math.inf
+        _require(
+            config,
+            f"grid.{field}",
+            lambda values, least=least, most=most: all(_is_number(v) and least <= v < most for v in values),
+            "numbers in [0, 1)" if most == 1 else "numbers of at least 0",
+        )
     _require(
         config,
-        "evaluation.fixed_threshold",
-        lambda value: len(value) in (1, 5) and all(0 <= threshold <= 1 for threshold in value),
-        "one or five numbers in [0, 1]",
+        "study.only_folds",
+        lambda values: all(isinstance(value, int) and value >= 0 for value in values),
+        "numbers of folds, from 0",
     )
+    resolve_evaluation(config.evaluation.to_dict())
     if config.study.num_inner == 0:
         if config.train.patience:
             raise UserError(
                 "config.train.patience needs an inner split to watch: set config.study.num_inner to 2 or more, or "
                 "patience to 0"
             )
+        if any(len(values) > 1 for values in config.grid.values()):
+            raise UserError("config.grid is chosen from on inner splits: set config.study.num_inner to 2 or more")
         if config.evaluation.thresholds != "fixed":
             raise UserError(
                 f"config.evaluation.thresholds={config.evaluation.thresholds!r} is tuned on inner splits: set "
                 "config.study.num_inner to 2 or more, or thresholds to 'fixed'"
             )
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def _require(config: ConfigDict, field: str, holds, wanted: str) -> None:

@@ -154,14 +154,18 @@ def predict_run(
 def format_predictions(predictions: Predictions) -> str:
     """A table for the terminal: probability ± spread over members, ``*`` where the label is predicted."""
     width = max(len("clip"), *(len(name) for name in predictions.clip_name))
+    several = predictions.members.max() > 1
     lines = [f"{'clip':<{width}}" + "".join(f"{label:>15}" for label in LABELS)]
     for row, name in enumerate(predictions.clip_name):
         cells = [
-            f"{mean:.2f} ± {spread:.2f} {'*' if present else ' '}" if np.isfinite(mean) else "-  "
+            f"{mean:.2f}{f' ± {spread:.2f}' if several else ''} {'*' if present else ' '}"
+            if np.isfinite(mean)
+            else "-  "
             for mean, spread, present in zip(
                 predictions.mean[row], predictions.spread[row], predictions.decisions[row], strict=True
             )
         ]
         lines.append(f"{name:<{width}}" + "".join(f"{cell:>15}" for cell in cells))
-    lines.append(f"* predicted; ± standard deviation over {predictions.members.max()} members")
+    members = f"; ± standard deviation over {predictions.members.max()} members" if several else ""
+    lines.append(f"* predicted{members}")
     return "\n".join(lines)
