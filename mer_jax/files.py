@@ -1,14 +1,48 @@
 """Files that are either whole or absent: every result is written beside its place and then renamed into it."""
 
 import contextlib
+import fcntl
 import io
 import os
-import tempfile
+import uuid
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
 
 from mer_jax.errors import UserError
+
+TEMPORARY_SUFFIX = ".tmp"
+LOCK_NAME = "lock"
+
+
+@contextlib.contextmanager
+def exclusive(folder: str | os.PathLike, on_busy: Callable[[], None]) -> Iterator[None]:
+    """Lets one process at a time work in a folder; a killed process's lock is gone with it.
+
+    Args:
+        folder: The folder; made if it is missing.
+        on_busy: Called when another process is at work there. It raises to give up; where it returns, the other
+            process is waited for.
+
+    Raises:
+        UserError: The folder cannot be written.
+    """
+    folder = Path(folder)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = os.open(folder / LOCK_NAME, os.O_WRONLY | os.O_CREAT, 0o666)
+    except OSError as error:
+        raise UserError(f"{folder}: cannot be written ({error.strerror}); choose another folder") from error
+    try:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            on_busy()
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(lock)
 
 
 def atomic_write_bytes(path: str | os.PathLike, data: bytes) -> None:
@@ -22,23 +56,17 @@ def atomic_write_bytes(path: str | os.PathLike, data: bytes) -> None:
         UserError: The file system refuses (no space, no permission); the old file, if any, is untouched.
     """
     path = Path(path)
-    temporary = None
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}{TEMPORARY_SUFFIX}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
-        with os.fdopen(descriptor, "wb") as stream:
+        with open(temporary, "xb") as stream:
             stream.write(data)
             stream.flush()
             os.fsync(stream.fileno())
-        # mkstemp makes files private to the user; results are as readable as any other file they make.
-        umask = os.umask(0)
-        os.umask(umask)
-        os.chmod(temporary, 0o666 & ~umask)
         os.replace(temporary, path)
     except OSError as error:
-        if temporary is not None:
-            with contextlib.suppress(OSError):
-                os.unlink(temporary)
+        with contextlib.suppress(OSError):
+            temporary.unlink()
         raise UserError(
             f"{path}: cannot be written ({error.strerror or error}); free space or choose another folder, "
             "then run the same command again"

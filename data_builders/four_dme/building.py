@@ -1,7 +1,7 @@
 """Builds the data set: clips, then features (resumable), then TFDS records, moved into place when whole."""
 
 import contextlib
-import fcntl
+import functools
 import hashlib
 import io
 import json
@@ -32,7 +32,7 @@ from mer_jax.clips.layouts import LABELS, Clip, read_challenge, read_release
 from mer_jax.errors import UserError
 from mer_jax.extractors.base import EMBEDDED, EXTRACTORS, get_extractor
 from mer_jax.extractors.feature_files import read_sample_features
-from mer_jax.files import atomic_write_text
+from mer_jax.files import atomic_write_text, exclusive
 
 CONFIGS = ("demo", "challenge", "release")
 VERSION = "1.0.0"
@@ -144,7 +144,9 @@ def build(
     # What is built needs no lock, so that it may lie on a read-only disk.
     if _is_built(target, options, crop):
         return target
-    with _exclusive(work):
+    if not options.extractors and not options.features:
+        raise UserError("neither --extractors nor --features: name at least one source of features")
+    with exclusive(work, functools.partial(_say_waiting, work)):
         if not _is_built(target, options, crop):
             _build(options, _clips(options, data_dir, workers), crop, work, target, workers)
     return target
@@ -258,8 +260,6 @@ def _check(options: _Options) -> None:
             raise UserError(f"--features {name}=...: call it by small letters, digits and _ only")
         if name in EXTRACTORS:
             raise UserError(f"--features {name}=...: {name} is an extractor of this library; choose another name")
-    if not options.extractors and not options.features:
-        raise UserError("neither --extractors nor --features: name at least one source of features")
 
 
 def _read_facts(target: Path) -> dict[str, Any] | None:
@@ -494,23 +494,8 @@ def _origin(options: _Options) -> str:
 # --- writing -----------------------------------------------------------------------------------------------
 
 
-@contextlib.contextmanager
-def _exclusive(work: Path) -> Iterator[None]:
-    """Lets one build of a configuration run at a time; a killed process's lock is gone with it."""
-    try:
-        work.mkdir(parents=True, exist_ok=True)
-        lock = os.open(work / "lock", os.O_WRONLY | os.O_CREAT, 0o666)
-    except OSError as error:
-        raise UserError(f"{work}: cannot be written ({error.strerror}); give another --data_dir") from error
-    try:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            print(f"waiting for another process that is building in {work}", file=sys.stderr, flush=True)
-            fcntl.flock(lock, fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(lock)
+def _say_waiting(work: Path) -> None:
+    print(f"waiting for another process that is building in {work}", file=sys.stderr, flush=True)
 
 
 def _write(config: str, records, dims: Mapping[str, int], facts: Mapping[str, Any], work: Path, target: Path) -> None:

@@ -36,7 +36,9 @@ def binary_focal_loss(
 
 
 def balanced_positive_weight(labels: jax.Array, sample_mask: jax.Array) -> jax.Array:
-    """Negatives over positives of each class, from the masked-in samples only; 1 for a class without positives.
+    """Negatives over positives of each class, from the masked-in samples only.
+
+    A class without positives or without negatives keeps the weight 1: there is nothing to balance.
 
     Args:
         labels: ``(N, C)``, 0 or 1.
@@ -48,4 +50,4 @@ def balanced_positive_weight(labels: jax.Array, sample_mask: jax.Array) -> jax.A
     mask = sample_mask.astype(labels.dtype)
     positives = mask @ labels  # (N,) (N, C) -> (C,)
     negatives = mask.sum() - positives
-    return jnp.where(positives > 0, negatives / jnp.maximum(positives, 1.0), 1.0)
+    return jnp.where((positives > 0) & (negatives > 0), negatives / jnp.maximum(positives, 1.0), 1.0)

@@ -44,7 +44,7 @@ class StudyData:
     frame_mask: np.ndarray
 
     @property
-    def labelled(self) -> np.ndarray:
+    def training(self) -> np.ndarray:
         """``(C,)`` bool: training clips, the ones that folds are made of."""
         return self.clip_split == "train"
 
@@ -71,7 +71,7 @@ def load_dataset(version_dir: Path, extractors: Mapping[str, str], *, num_frames
     for modality, extractor in extractors.items():
         if extractor not in available:
             raise UserError(
-                f"config.data.extractors.{modality}={extractor!r}: the data set in {version_dir} holds "
+                f"config.data.modalities.{modality}.extractor={extractor!r}: the data set in {version_dir} holds "
                 f"{', '.join(available)}; choose one of these or build the data set with {extractor!r}"
             )
     records = []
@@ -204,7 +204,11 @@ def fit_feature_map(
 
 
 def prepare_features(
-    data: StudyData, clip_fold: np.ndarray, num_folds: int, steps: Mapping[str, Mapping]
+    data: StudyData,
+    clip_fold: np.ndarray,
+    num_folds: int,
+    steps: Mapping[str, Mapping],
+    maps: Mapping[str, list[FeatureMap]] | None = None,
 ) -> tuple[dict[str, np.ndarray], dict[str, list[FeatureMap] | None]]:
     """All modalities as the model sees them, for every held-out fold.
 
@@ -213,18 +217,19 @@ def prepare_features(
         clip_fold: ``(C,)`` the fold that holds a clip out, -1 for test clips.
         num_folds: F.
         steps: Modality to ``reference``, ``normalise`` and ``reduce``.
+        maps: Modality to maps fitted before, which are used as they are.
 
     Returns:
         Modality to ``(F, N, T, D')`` float32, or ``(1, N, T, D')`` where nothing is fitted; and the fitted maps, one
         a fold.
     """
-    prepared, maps = {}, {}
+    prepared, used = {}, {}
     sample_fold = clip_fold[data.sample_clip]  # (N,)
     for modality, step in steps.items():
         features = fixed_steps(
             data.features[modality], data.frame_mask, reference=step["reference"], normalise=step["normalise"]
         )
-        fitted = [
+        fitted = (maps or {}).get(modality) or [
             fit_feature_map(
                 features,
                 data.frame_mask,
@@ -235,11 +240,11 @@ def prepare_features(
             for fold in range(num_folds)
         ]
         if fitted[0] is None:
-            prepared[modality], maps[modality] = features[None], None
+            prepared[modality], used[modality] = features[None], None
             continue
         mapped = [np.where(data.frame_mask[..., None], fit(features), 0.0).astype(np.float32) for fit in fitted]
-        prepared[modality], maps[modality] = np.stack(mapped), fitted
-    return prepared, maps
+        prepared[modality], used[modality] = np.stack(mapped), fitted
+    return prepared, used
 
 
 def _common_rank(reduce: int, data: StudyData, sample_fold: np.ndarray, num_folds: int, width: int) -> int:

@@ -6,6 +6,7 @@ import os
 import jax
 
 from mer_jax.errors import UserError
+from mer_jax.parallel import available_processors
 
 
 def select_devices(platform: str) -> list[jax.Device]:
@@ -26,15 +27,18 @@ def select_devices(platform: str) -> list[jax.Device]:
     if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
         # Refused where JAX is running already, with as many devices as it has.
         with contextlib.suppress(RuntimeError):
-            jax.config.update("jax_num_cpu_devices", os.cpu_count() or 1)
+            jax.config.update("jax_num_cpu_devices", available_processors())
     try:
-        return jax.local_devices(backend=platform or None)
-    except RuntimeError as error:
+        devices = jax.local_devices(backend=platform or None)
+    except (RuntimeError, AssertionError) as error:  # JAX asserts where JAX_PLATFORMS names only what is absent
         wanted = (
             f"config.platform={platform!r}" if platform else f"JAX_PLATFORMS={os.environ.get('JAX_PLATFORMS', '')!r}"
         )
-        reason = str(error).strip().splitlines()[0]
+        reason = next(iter(str(error).strip().splitlines()), "JAX found none")
         raise UserError(
             f"{wanted}: no such device on this machine ({reason}); install the jax build for it, or set "
             "config.platform='cpu'"
         ) from error
+    # Small arrays that are made before training belong there too, not on an accelerator that was not asked for.
+    jax.config.update("jax_default_device", devices[0])
+    return devices

@@ -105,19 +105,19 @@ class MemberState:
 
 
 class Watch(NamedTuple):
-    """What an epoch leaves behind, a member each.
+    """What an epoch leaves behind, a member each; all NaN once the member has stopped or diverged.
 
     Attributes:
-        train_loss: Mean training loss of the epoch, dropout on; NaN once stopped or diverged.
+        train_loss: Mean training loss of the epoch, dropout on.
         inner_loss: Mean loss of the inner samples; NaN without an inner split.
         heldout_loss: Mean loss of the held-out samples; recorded, never chosen by.
-        heldout_probabilities: ``(V, C)`` of the watched samples; recorded for the leaky column, never chosen by.
+        probabilities: ``(V, C)`` of the watched samples; recorded for the leaky column, never chosen by.
     """
 
     train_loss: jax.Array
     inner_loss: jax.Array
     heldout_loss: jax.Array
-    heldout_probabilities: jax.Array
+    probabilities: jax.Array
 
 
 def _optimiser(hyper: Mapping[str, jax.Array], rate: jax.Array | float) -> optax.GradientTransformation:
@@ -223,6 +223,7 @@ def train_epoch(
     Returns:
         The new state and what was seen.
     """
+    running = ~state.stopped & (state.diverged_at < 0) & (epoch <= recipe.epochs)
     train_size = jnp.sum(member.train_mask)
     own_steps = -(-train_size // recipe.batch_size)
     total_steps = own_steps * recipe.epochs
@@ -252,7 +253,7 @@ def train_epoch(
         (loss, collections), gradients = jax.value_and_grad(loss_fn, has_aux=True)(params)
         rate = learning_rate(recipe, member.hyper["learning_rate"], state.step, total_steps)
         updates, opt_state = _optimiser(member.hyper, rate).update(gradients, state.opt_state, params)
-        active = jnp.any(sample_mask) & ~state.stopped & (state.diverged_at < 0) & (state.step < total_steps)
+        active = running & jnp.any(sample_mask) & (state.diverged_at < 0)
         finite = jnp.isfinite(loss) & jnp.isfinite(optax.tree.norm(gradients))
         update = active & finite
 
@@ -275,8 +276,13 @@ def train_epoch(
         logits, arrays.labels[member.watched], gamma=recipe.focal_gamma, positive_weight=weight
     ).mean(axis=-1)
     inner_loss = _masked_mean(losses, member.watched_inner)
-    running = ~state.stopped & (state.diverged_at < 0) & (epoch <= recipe.epochs)
-    better = running & ((inner_loss < state.best_loss) if recipe.patience else True)
+    if recipe.patience:
+        # A finite training loss may hide an overflow that only the evaluation meets; no epoch could be chosen then.
+        overflow = running & (state.diverged_at < 0) & jnp.any(member.watched_inner) & ~jnp.isfinite(inner_loss)
+        state = state.replace(diverged_at=jnp.where(overflow, state.step, state.diverged_at))
+    running = running & (state.diverged_at < 0)
+    chosen = jnp.where(jnp.any(member.watched_inner), inner_loss < state.best_loss, True) if recipe.patience else True
+    better = running & chosen
     state = state.replace(
         best_variables=jax.tree.map(
             lambda new, old: jnp.where(better, new, old), state.variables, state.best_variables
@@ -290,9 +296,10 @@ def train_epoch(
         train_loss=jnp.sum(loss_sums) / jnp.sum(counts),
         inner_loss=inner_loss,
         heldout_loss=_masked_mean(losses, member.watched_heldout),
-        heldout_probabilities=jax.nn.sigmoid(logits),
+        probabilities=jax.nn.sigmoid(logits),
     )
-    return state, watch
+    # How long the neighbours go on must not show in a member's curves.
+    return state, jax.tree.map(lambda x: jnp.where(running, x, jnp.nan), watch)
 
 
 def finish_member(
@@ -305,8 +312,7 @@ def finish_member(
         of the watched samples, averaged over queries; ``gate`` ``(G,)`` for models that have one.
     """
     everything = jnp.arange(arrays.labels.shape[0], dtype=jnp.int32)
-    logits, _ = predict_samples(learner, state.best_variables, arrays, member.fold, everything, batch_size)
-    _, attention = predict_samples(learner, state.best_variables, arrays, member.fold, member.watched, batch_size)
+    logits, attention = predict_samples(learner, state.best_variables, arrays, member.fold, everything, batch_size)
     _, _, extras = learner.apply(
         state.best_variables,
         take_samples(arrays, member.fold, everything[:1]),
@@ -316,8 +322,8 @@ def finish_member(
         None,
     )
     probabilities = jnp.where(state.diverged_at < 0, jax.nn.sigmoid(logits), jnp.nan)
-    result = {"probabilities": probabilities} | {f"attention_{name}": value for name, value in attention.items()}
-    return result | ({"gate": extras["gate"]} if "gate" in extras else {})
+    watched = {f"attention_{name}": values[member.watched] for name, values in attention.items()}  # (N, T) -> (V, T)
+    return {"probabilities": probabilities} | watched | ({"gate": extras["gate"]} if "gate" in extras else {})
 
 
 class Programs(NamedTuple):

@@ -6,8 +6,6 @@ import numpy as np
 
 from mer_jax.errors import UserError
 
-SCHEMES = ("stratified", "subject", "loso")
-
 # Enough to be even, few enough that seeds still give different folds.
 _DEALS = 16
 
@@ -39,15 +37,21 @@ def make_folds(labels: np.ndarray, subjects: np.ndarray, *, scheme: str, num_fol
         return _stratified(labels, num_folds, seed)
     if not all(subjects):
         raise UserError(
-            f"config.folds.scheme={scheme!r} needs the subject of every clip, and {int(np.sum(subjects == ''))} of "
-            f"{len(subjects)} have none; add a subject column to the labels or use scheme 'stratified'"
+            f"{scheme!r} folds need the subject of every clip, and {int(np.sum(subjects == ''))} of "
+            f"{len(subjects)} have none; add a subject column to the labels, or set config.folds.scheme='stratified' "
+            "and config.folds.group=''"
         )
+    num_subjects = len(np.unique(subjects))
     if scheme == "loso":
+        if num_subjects < 2:
+            raise UserError(
+                "'loso' folds need at least 2 subjects, the data set has 1; set config.folds.scheme='stratified'"
+            )
         return np.unique(subjects, return_inverse=True)[1].astype(np.int32)
-    if len(np.unique(subjects)) < num_folds:
+    if num_subjects < num_folds:
         raise UserError(
             f"config.folds.num: {num_folds} subject folds need at least {num_folds} subjects, the data set has "
-            f"{len(np.unique(subjects))}; set fewer folds"
+            f"{num_subjects}; set fewer folds"
         )
     return _grouped(labels, subjects, num_folds, seed)
 
@@ -59,7 +63,8 @@ def inner_split(
 
     The splits rotate: seeds ``k * num_inner .. (k + 1) * num_inner - 1`` of one fold take turns at the parts of one
     inner cross-validation, so that together their inner predictions cover each training clip exactly once, always
-    by a model that has seen neither the clip nor the held-out fold.
+    by a model that has taken no gradient from the clip and has not seen the held-out fold. (Means, scales and
+    principal components are fitted on the whole training fold, without labels.)
 
     Args:
         labels: ``(C, L)`` labels of the training clips.

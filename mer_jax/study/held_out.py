@@ -226,11 +226,15 @@ class StudyMembers:
         return float(-np.where(truth, np.log(p), np.log1p(-p))[mask].mean())
 
     def choose_settings(self) -> list[int]:
-        """For each fold the setting of least inner loss; without inner splits the first."""
+        """For each fold, of the settings whose members diverged least, the one of least inner loss."""
         chosen = []
         for fold in self.folds:
-            losses = [self.inner_loss(setting, fold) for setting in range(len(self.settings))]
-            chosen.append(int(np.argmin([np.inf if loss is None else loss for loss in losses])))
+
+            def rank(setting, fold=fold):
+                loss = self.inner_loss(setting, fold)
+                return -len(self.members(setting, fold)), np.inf if loss is None else loss
+
+            chosen.append(min(range(len(self.settings)), key=rank))
         return chosen
 
     def complete_seeds(self, chosen: list[int]) -> np.ndarray:

@@ -40,14 +40,18 @@ DEFINITIONS = {
     "pooled": "The held-out decisions of all folds are put together and scored once per seed. For labels "
     "this is UF1 (macro_f1) and UAR (uar) as MEGC pools them.",
     "fold_mean": "Each held-out fold is scored by itself, then the folds are averaged (the fusion paper's figure).",
-    "values": "One score per seed; the mean is the expected score of one training run, not of an ensemble.",
-    "seed_ci": "Bootstrap over seeds: training noise only, for these clips; percentile, and BCa beside it.",
+    "values": "One score per seed; the mean is the expected score of one training run, not of an ensemble, at "
+    "thresholds that all seeds of a fold share.",
+    "seed_ci": "Bootstrap over seeds: training noise only, for these clips, and without the noise of tuning "
+    "thresholds, which seeds share; percentile, and BCa beside it.",
     "clip_ci": "Bootstrap over held-out clips (subjects where known) and seeds together: what to trust for "
     "new clips. Trained models and thresholds are kept, so the effect of other training clips is not in it.",
     "honest": "Nothing chosen on the held-out fold: tuned thresholds come from inner-split predictions of "
-    "the members that hold the fold out, pooled over seeds.",
+    "the members that hold the fold out, pooled over seeds. With early stopping the same inner clips chose "
+    "the epoch, so inner figures are a little too high; held-out figures are not.",
     "untuned": "The same probabilities, present at 0.5 or more.",
-    "ensemble": "Probabilities averaged over the seeds of a fold before they are thresholded.",
+    "ensemble": "Probabilities averaged over the seeds of a fold before they are thresholded. The thresholds are "
+    "those of single members; a mean varies less, so they are not the best for it.",
     "chance": "The same decisions against label vectors permuted within each held-out fold.",
     "variance": "Two-way random effects on the (fold, seed) macro-F1 matrix by the method of moments, cut off at 0.",
     "leaky": "Epoch or thresholds chosen on the held-out fold itself: too high by construction, to compare only.",

@@ -1,10 +1,13 @@
 """One command from a config to a report: prepares data, trains every member, writes what a reader needs."""
 
 import concurrent.futures
+import contextlib
 import dataclasses
+import functools
 import json
 import os
 import queue
+import shutil
 import signal
 import sys
 import threading
@@ -19,7 +22,7 @@ from ml_collections import ConfigDict
 
 from mer_jax.clips.layouts import LABELS
 from mer_jax.errors import UserError
-from mer_jax.files import atomic_savez, atomic_write_bytes, atomic_write_text
+from mer_jax.files import TEMPORARY_SUFFIX, atomic_savez, atomic_write_bytes, atomic_write_text, exclusive
 from mer_jax.models.registry import Learner, build_learner
 from mer_jax.progress import progress
 from mer_jax.study import engine
@@ -38,13 +41,14 @@ from mer_jax.study.folds import inner_split, make_folds
 from mer_jax.study.members import Member, make_members, member_key
 from mer_jax.study.results import FILENAME, StudyResults
 from mer_jax.study.summary import write_summary
-from mer_jax.study.workdir import check_data, open_workdir, write_tables
+from mer_jax.study.workdir import check_data, check_workdir, start_workdir, write_tables
 
 # More members a call than this gain nothing on a CPU core (its cache is full) and would leave other cores idle.
 _CPU_BLOCK = 16
 _ACCELERATOR_BLOCK = 128
 # A stopped run must be gone in 10 s; a worker that is inside a compilation cannot be asked to hurry.
 _GRACE_SECONDS = 8.0
+_MAPS = "feature_maps.npz"
 _HISTORY = ("train_loss", "inner_loss", "heldout_loss")
 
 
@@ -70,14 +74,28 @@ def train(config: ConfigDict, workdir: str | os.PathLike, overrides: Mapping | N
     if config.study.compile_cache:
         jax.config.update("jax_compilation_cache_dir", config.study.compile_cache)
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
-    devices = select_devices(config.platform)
-    open_workdir(config, workdir, overrides or {})
-    if not (workdir / FILENAME).is_file():
-        status = _train_members(config, workdir, learner, devices)
-        if status:
-            return status
-    _report(workdir)
+    check_workdir(config, workdir)
+    with exclusive(workdir, functools.partial(_refuse_busy, workdir)):
+        for stale in workdir.glob(f".*{TEMPORARY_SUFFIX}"):  # left by a kill
+            stale.unlink()
+        if not (workdir / FILENAME).is_file():
+            devices = select_devices(config.platform)
+            data = _load(config)
+            if (workdir / "config.json").is_file():
+                check_data(workdir, data)
+            plan = _plan(config, data, _load_maps(workdir))
+            # Only now: a first run that its input stopped binds the folder to nothing.
+            start_workdir(config, workdir, overrides or {})
+            check_data(workdir, data)
+            status = _train_members(config, workdir, plan, learner, devices)
+            if status:
+                return status
+        _report(workdir, demo=config.data.dataset.endswith("/demo"))
     return 0
+
+
+def _refuse_busy(workdir: Path) -> None:
+    raise UserError(f"{workdir}: another process is training there; wait for it, or choose another --workdir")
 
 
 def _validate_data(config: ConfigDict) -> None:
@@ -99,7 +117,8 @@ def _validate_data(config: ConfigDict) -> None:
 
 
 def _say(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
+    with contextlib.suppress(OSError):  # a log file on a full disk must not end the training
+        print(text, file=sys.stderr, flush=True)
 
 
 def _load(config: ConfigDict) -> StudyData:
@@ -110,7 +129,7 @@ def _load(config: ConfigDict) -> StudyData:
     data = load_dataset(version_dir, extractors, num_frames=config.data.num_frames, short=config.data.short)
     if config.data.shuffle_labels:
         labels = data.clip_labels.copy()
-        train = np.flatnonzero(data.labelled)
+        train = np.flatnonzero(data.training)
         labels[train] = labels[np.random.default_rng(config.seed).permutation(train)]
         data = dataclasses.replace(data, clip_labels=labels)
     return data
@@ -131,13 +150,14 @@ class _Plan:
     num_steps: int
 
 
-def _plan(config: ConfigDict, data: StudyData) -> _Plan:
-    train_clips = np.flatnonzero(data.labelled)
+def _plan(config: ConfigDict, data: StudyData, maps: Mapping[str, list[FeatureMap]]) -> _Plan:
+    scheme = "loso" if config.folds.scheme == "loso" else config.folds.group or config.folds.scheme
+    train_clips = np.flatnonzero(data.training)
     clip_fold = np.full(len(data.clip_name), -1, np.int32)
     clip_fold[train_clips] = make_folds(
         data.clip_labels[train_clips],
         data.clip_subject[train_clips],
-        scheme=config.folds.scheme,
+        scheme=scheme,
         num_folds=config.folds.num,
         seed=config.folds.seed,
     )
@@ -147,9 +167,13 @@ def _plan(config: ConfigDict, data: StudyData) -> _Plan:
         raise UserError(f"config.study.only_folds={folds}: the folds are 0 to {num_folds - 1}")
     seeds = range(config.study.first_seed, config.study.first_seed + config.study.num_seeds)
     members = make_members(folds, seeds, config.train, config.grid)
+    ids = [member.id for member in members]
+    twice = next((member for member in ids if ids.count(member) > 1), None)
+    if twice:
+        raise UserError(f"config.grid and config.study.only_folds make two members {twice}; name each value once")
 
     steps = {name: dict(step) for name, step in config.data.modalities.items()}
-    prepared, maps = prepare_features(data, clip_fold, num_folds, steps)
+    prepared, maps = prepare_features(data, clip_fold, num_folds, steps, maps)
     inputs = {"features": prepared, "frame_mask": data.frame_mask[None]}
     labels = np.maximum(data.clip_labels, 0)[data.sample_clip].astype(np.float32)  # (N, L)
 
@@ -163,7 +187,7 @@ def _plan(config: ConfigDict, data: StudyData) -> _Plan:
             clip_inner[rest] = inner_split(
                 data.clip_labels[rest],
                 data.clip_subject[rest],
-                scheme=config.folds.scheme,
+                scheme=scheme,
                 num_inner=config.study.num_inner,
                 fold=member.fold,
                 seed=member.seed,
@@ -227,27 +251,36 @@ def block_size(num_members: int, num_devices: int, device_kind: str, wanted: int
     return min(_ACCELERATOR_BLOCK, -(-num_members // num_devices))
 
 
-def _settled_block_size(workdir: Path, chosen: int) -> int:
-    """The block size that the run began with: a resumed run must cut its members into the same blocks."""
+def _settled_block_size(workdir: Path, chosen: int, platform: str) -> int:
+    """The block size that the run began with: a resumed run cuts its members into the same blocks.
+
+    Raises:
+        UserError: The run began on another kind of device, whose results differ in their last bits.
+    """
     path = workdir / "blocks.json"
-    if path.is_file():
-        return int(json.loads(path.read_text())["members_together"])
-    atomic_write_text(path, json.dumps({"members_together": chosen}) + "\n")
-    return chosen
+    if not path.is_file():
+        atomic_write_text(path, json.dumps({"members_together": chosen, "platform": platform}) + "\n")
+        return chosen
+    settled = json.loads(path.read_text())
+    if settled["platform"] != platform:
+        raise UserError(
+            f"{workdir} holds a study that began on {settled['platform']} and would go on on {platform}; set "
+            f"config.platform={settled['platform']!r}, or choose another --workdir"
+        )
+    return settled["members_together"]
 
 
 class _Stopped(Exception):
     """A signal asked to stop; the block's checkpoint is saved."""
 
 
-def _train_members(config: ConfigDict, workdir: Path, learner: Learner, devices: Sequence[jax.Device]) -> int:
-    data = _load(config)
-    check_data(workdir, data)
-    plan = _plan(config, data)
-    write_tables(workdir, data, plan.clip_fold, plan.members)
+def _train_members(
+    config: ConfigDict, workdir: Path, plan: _Plan, learner: Learner, devices: Sequence[jax.Device]
+) -> int:
+    write_tables(workdir, plan.data, plan.clip_fold, plan.members)
     _save_maps(workdir, plan.maps)
     chosen = block_size(len(plan.members), len(devices), devices[0].platform, config.study.members_together)
-    size = _settled_block_size(workdir, chosen)
+    size = _settled_block_size(workdir, chosen, devices[0].platform)
     blocks = [range(start, min(start + size, len(plan.members))) for start in range(0, len(plan.members), size)]
     devices = devices[: len(blocks)]
     _say(
@@ -260,7 +293,7 @@ def _train_members(config: ConfigDict, workdir: Path, learner: Learner, devices:
     with progress(total=len(plan.members) * plan.recipe.epochs, desc="training", unit="member-epochs") as bar:
         runner = _BlockRunner(config, workdir, plan, programs, size, stop, bar)
         signum = _run_on_devices(runner, blocks, devices, stop)
-    if signum:
+    if signum and not all(block_path(workdir, number).is_file() for number in range(len(blocks))):
         name = signal.Signals(signum).name
         _say(f"stopped by {name}; checkpoints are in {workdir / 'checkpoints'}; run the same command again to go on")
         return 128 + signum
@@ -329,24 +362,38 @@ class _BlockRunner:
         self._config, self._workdir, self._plan = config, workdir, plan
         self._programs, self._size, self._stop, self._bar = programs, size, stop, bar
         self._lock = threading.Lock()
+        self._arrays: dict[jax.Device, engine.Arrays] = {}  # the data, once on each device
 
     def run(self, number: int, rows: range, device: jax.Device) -> None:
         """Trains members ``rows``, from their newest checkpoint where there is one.
 
         Raises:
             _Stopped: A signal came; what was reached is saved.
-            UserError: Results cannot be written.
+            UserError: Results cannot be written, or the device has too little memory.
         """
+        try:
+            self._run(number, rows, device)
+        except jax.errors.JaxRuntimeError as error:
+            if "RESOURCE_EXHAUSTED" not in str(error):
+                raise
+            raise UserError(
+                f"{device}: too little memory for {self._size} members together; set config.study.members_together "
+                "to fewer, with another --workdir"
+            ) from error
+
+    def _run(self, number: int, rows: range, device: jax.Device) -> None:
         plan, epochs = self._plan, self._plan.recipe.epochs
-        path = block_path(self._workdir, number)
-        if path.is_file():
-            self._update(len(rows) * epochs)
+        checkpoints = BlockCheckpoints(self._workdir / "checkpoints" / f"block_{number:04d}")
+        if block_path(self._workdir, number).is_file():
+            checkpoints.remove()  # a kill may have come before they were
+            self._skip(len(rows) * epochs)
             return
-        arrays = jax.device_put(plan.arrays, device)
+        if device not in self._arrays:
+            self._arrays[device] = jax.device_put(plan.arrays, device)
+        arrays = self._arrays[device]
         # The last block is filled up with copies of its first member, so that all blocks run the same program.
         padded = [*rows, *[rows[0]] * (self._size - len(rows))]
         members = jax.device_put(engine.stack_members([plan.inputs[row] for row in padded]), device)
-        checkpoints = BlockCheckpoints(self._workdir / "checkpoints" / f"block_{number:04d}")
         history = _empty_history(self._size, epochs, plan)
         epoch = checkpoints.latest() or 0
         if epoch:
@@ -357,7 +404,8 @@ class _BlockRunner:
             history = {name: np.array(values) for name, values in saved.items()}
         else:
             state = self._programs.init(arrays, members)
-        self._update(len(rows) * epoch)
+        self._forget_after([plan.members[row].id for row in rows], epoch)
+        self._skip(len(rows) * epoch)
         saved_at = time.monotonic()
         stride = self._config.study.epochs_per_call
         while epoch < epochs and not bool(np.all(state.stopped | (state.diverged_at >= 0))):
@@ -369,16 +417,13 @@ class _BlockRunner:
             self._log(rows, history, epoch - count, epoch)
             self._update(len(rows) * count)
             if self._stop.is_set():
-                checkpoints.save(epoch, {"state": state, **history})
+                checkpoints.save(epoch, {"state": jax.device_get(state), **history})
                 raise _Stopped
             if epoch < epochs and time.monotonic() - saved_at >= self._config.study.checkpoint_seconds:
                 saved_at = time.monotonic()
-                try:
-                    checkpoints.save(epoch, {"state": state, **history})
-                except UserError as error:
-                    # What is in memory is worth more than an early end: a later checkpoint may succeed.
-                    _say(f"warning: {error}; training goes on and tries again")
-        self._update(len(rows) * (epochs - epoch))
+                with _kept_going():
+                    checkpoints.save(epoch, {"state": jax.device_get(state), **history})
+        self._skip(len(rows) * (epochs - epoch))
         self._save_block(number, rows, arrays, members, state, history)
         checkpoints.remove()
 
@@ -406,11 +451,45 @@ class _BlockRunner:
         with self._lock:
             self._bar.update(count)
 
+    def _skip(self, count: int) -> None:
+        """Counts what needs no training, without taking it for speed."""
+        with self._lock:
+            self._bar.initial += count
+            self._bar.update(count)
+
+    def _forget_after(self, ids: Sequence[str], epoch: int) -> None:
+        """Drops lines of epochs that are about to be trained again, and one that a kill cut short."""
+        path = self._workdir / "metrics.jsonl"
+        with self._lock:
+            if not path.is_file():
+                return
+            kept = []
+            for line in path.read_text().splitlines(keepends=True):
+                with contextlib.suppress(ValueError):
+                    row = json.loads(line)
+                    if row["member"] not in ids or row["epoch"] <= epoch:
+                        kept.append(line)
+            atomic_write_text(path, "".join(kept))
+
     def _log(self, rows, history, first, last) -> None:
-        """Appends one line a member and epoch; a line that a kill cut short is dropped when the file is rewritten."""
+        """Appends one line a member and epoch."""
         lines = _metric_lines([self._plan.members[row].id for row in rows], history, first, last)
-        with self._lock, open(self._workdir / "metrics.jsonl", "a") as stream:
-            stream.write("".join(lines))
+        path = self._workdir / "metrics.jsonl"
+        with self._lock, _kept_going():
+            try:
+                with path.open("a") as stream:
+                    stream.write("".join(lines))
+            except OSError as error:
+                raise UserError(f"{path}: cannot be written ({error.strerror}); free space there") from error
+
+
+@contextlib.contextmanager
+def _kept_going():
+    """Makes a failure to write a warning: what is in memory is worth more than an early end, and writing is retried."""
+    try:
+        yield
+    except UserError as error:
+        _say(f"warning: {error}; training goes on and tries again")
 
 
 def block_path(workdir: Path, number: int) -> Path:
@@ -428,7 +507,7 @@ def _empty_history(size: int, epochs: int, plan: _Plan) -> dict[str, np.ndarray]
 def _record(history: dict[str, np.ndarray], watch: engine.Watch, epoch: int, count: int) -> None:
     for name in _HISTORY:
         history[name][:, epoch : epoch + count] = np.asarray(getattr(watch, name))[:, :count]
-    history["probabilities"][:, epoch : epoch + count] = np.asarray(watch.heldout_probabilities)[:, :count]
+    history["probabilities"][:, epoch : epoch + count] = np.asarray(watch.probabilities)[:, :count]
 
 
 def _metric_lines(ids: Sequence[str], history: Mapping[str, np.ndarray], first: int, last: int) -> list[str]:
@@ -436,21 +515,36 @@ def _metric_lines(ids: Sequence[str], history: Mapping[str, np.ndarray], first: 
     for epoch in range(first, last):
         for row, member in enumerate(ids):
             values = {name: float(history[name][row, epoch]) for name in _HISTORY}
+            if all(np.isnan(value) for value in values.values()):
+                continue  # the member had stopped
             values = {name: round(value, 6) if np.isfinite(value) else None for name, value in values.items()}
             lines.append(json.dumps({"member": member, "epoch": epoch + 1, **values}) + "\n")
     return lines
 
 
 def _save_maps(workdir: Path, maps: Mapping[str, list[FeatureMap] | None]) -> None:
-    """Keeps what was fitted on training folds, so that new clips can be mapped as the members saw theirs."""
+    """Keeps what was fitted on training folds: a resumed run must not depend on fitting it to the same bits again."""
     arrays = {}
     for modality, fitted in maps.items():
         for fold, feature_map in enumerate(fitted or ()):
             for field in dataclasses.fields(feature_map):
                 value = getattr(feature_map, field.name)
                 if value is not None:
-                    arrays[f"{modality}/fold{fold}/{field.name}"] = value
-    atomic_savez(workdir / "feature_maps.npz", **arrays)
+                    arrays[f"{modality}/{fold}/{field.name}"] = value
+    atomic_savez(workdir / _MAPS, **arrays)
+
+
+def _load_maps(workdir: Path) -> dict[str, list[FeatureMap]]:
+    """What :func:`_save_maps` kept; nothing in a new folder."""
+    path = workdir / _MAPS
+    if not path.is_file():
+        return {}
+    fields: dict[str, dict[int, dict[str, np.ndarray]]] = {}
+    with np.load(path) as archive:
+        for key in archive.files:
+            modality, fold, field = key.rsplit("/", 2)
+            fields.setdefault(modality, {}).setdefault(int(fold), {"projection": None})[field] = archive[key]
+    return {modality: [FeatureMap(**folds[fold]) for fold in range(len(folds))] for modality, folds in fields.items()}
 
 
 def _assemble(workdir: Path, plan: _Plan, blocks: Sequence[range], gate_names: Sequence[str]) -> None:
@@ -505,14 +599,14 @@ def _assemble(workdir: Path, plan: _Plan, blocks: Sequence[range], gate_names: S
     )
     atomic_write_bytes(workdir / "metrics.jsonl", "".join(lines).encode())
     results.save(workdir / FILENAME)
-    for number in range(len(blocks)):
-        block_path(workdir, number).unlink()
-    block_path(workdir, 0).parent.rmdir()
+    shutil.rmtree(block_path(workdir, 0).parent, ignore_errors=True)
 
 
-def _report(workdir: Path) -> None:
+def _report(workdir: Path, demo: bool) -> None:
     from mer_jax.report.html import write_report
     from mer_jax.report.tables import terminal_table
 
     print(terminal_table(write_summary(workdir)))
+    if demo:
+        print("These are rendered demo clips: the numbers show that the software works and are no benchmark.")
     print(f"report: {write_report(workdir)}")

@@ -16,7 +16,7 @@ from ml_collections import ConfigDict
 import mer_jax
 from mer_jax.clips.layouts import LABELS
 from mer_jax.errors import UserError
-from mer_jax.files import atomic_write_text
+from mer_jax.files import LOCK_NAME, TEMPORARY_SUFFIX, atomic_write_text
 from mer_jax.study.config import NEUTRAL_FIELDS, refuse_other_config, to_json
 from mer_jax.study.data import StudyData
 from mer_jax.study.members import Member
@@ -24,13 +24,15 @@ from mer_jax.study.members import Member
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "tensorflow-datasets", "numpy", "mediapipe")
 
 
-def open_workdir(config: ConfigDict, workdir: Path, overrides: Mapping) -> None:
-    """Starts a run's folder, or checks that the run in it is this one.
+_STARTED_WITH = (LOCK_NAME, "overrides.json", "versions.json")
+
+
+def check_workdir(config: ConfigDict, workdir: Path) -> None:
+    """Makes sure that a folder may hold this run: it is new or empty, or the run in it is this one.
 
     Args:
         config: The resolved config.
-        workdir: The folder.
-        overrides: Fields given on the command line.
+        workdir: The folder; made if it is missing.
 
     Raises:
         UserError: The folder holds a run of another config, or cannot be used.
@@ -43,8 +45,34 @@ def open_workdir(config: ConfigDict, workdir: Path, overrides: Mapping) -> None:
             raise UserError(f"{path}: cannot be read ({error}); delete {workdir} to start afresh") from error
         refuse_other_config(config, earlier, str(workdir))
         return
-    if workdir.is_dir() and any(workdir.iterdir()):
+    try:
+        workdir.mkdir(parents=True, exist_ok=True)
+        strangers = [entry.name for entry in workdir.iterdir() if not _is_of_a_start(entry.name)]
+    except OSError as error:
+        raise UserError(f"{workdir}: cannot be used ({error.strerror}); choose another --workdir") from error
+    if strangers:
         raise UserError(f"{workdir} is not empty and holds no study; choose another --workdir")
+
+
+def _is_of_a_start(name: str) -> bool:
+    """Whether a file is one that :func:`start_workdir` leaves when it is killed before it wrote the config."""
+    return name in _STARTED_WITH or (name.startswith(".") and name.endswith(TEMPORARY_SUFFIX))
+
+
+def start_workdir(config: ConfigDict, workdir: Path, overrides: Mapping) -> None:
+    """Writes what a run's folder holds from its start; a run that was started before is left as it is.
+
+    Args:
+        config: The resolved config.
+        workdir: A folder that :func:`check_workdir` allows.
+        overrides: Fields given on the command line.
+
+    Raises:
+        UserError: The folder cannot be written.
+    """
+    path = workdir / "config.json"
+    if path.is_file():
+        return
     # The config comes last: a folder with a config is a folder that was fully started.
     atomic_write_text(workdir / "overrides.json", json.dumps(dict(overrides), indent=2, default=str) + "\n")
     atomic_write_text(workdir / "versions.json", json.dumps(versions(), indent=2) + "\n")
@@ -73,14 +101,24 @@ def check_data(workdir: Path, data: StudyData) -> None:
         UserError: The data set differs from the one that the folder was started with.
     """
     digest = hashlib.sha256()
-    for array in (data.clip_name, data.clip_labels, data.clip_split, data.sample_clip, data.frame_mask):
+    for array in (
+        data.clip_name,
+        data.clip_id,
+        data.clip_subject,
+        data.clip_split,
+        data.clip_labels,
+        data.sample_clip,
+        data.frame_mask,
+    ):
         digest.update(np.ascontiguousarray(array))
     for modality in sorted(data.features):
         digest.update(modality.encode())
         digest.update(np.ascontiguousarray(data.features[modality]))
     found = {"sha256": digest.hexdigest(), "clips": len(data.clip_name), "samples": len(data.sample_clip)}
     path = workdir / "data.json"
-    if path.is_file() and json.loads(path.read_text()) != found:
+    if path.is_file():
+        if json.loads(path.read_text()) == found:
+            return
         raise UserError(
             f"{workdir} holds a study of other data (the data set's features, labels or clips have changed since); "
             "choose another --workdir, or delete this one to start afresh"
