@@ -7,6 +7,7 @@ import threading
 from pathlib import Path
 from typing import Any
 
+import jax
 import orbax.checkpoint as ocp
 
 from mer_jax.errors import UserError
@@ -105,13 +106,21 @@ def load_tree(directory: Path, abstract: Any) -> Any:
     with _LOCK:
         try:
             with _quiet(), ocp.StandardCheckpointer() as checkpointer:
-                return checkpointer.restore(directory.absolute(), abstract)
+                tree = checkpointer.restore(directory.absolute(), abstract)
+            # Orbax does not check the shapes of NumPy arrays.
+            jax.tree.map(_require_shape, abstract, tree)
+            return tree
         except Exception as error:
             reason = str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
             raise UserError(
                 f"{directory}: the checkpoint cannot be read ({reason}); delete this folder and run the same command "
                 "again"
             ) from error
+
+
+def _require_shape(expected: jax.ShapeDtypeStruct, array: Any) -> None:
+    if array.shape != expected.shape:
+        raise ValueError(f"shape {array.shape} instead of {expected.shape}")
 
 
 @contextlib.contextmanager
