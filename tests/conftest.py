@@ -1,6 +1,7 @@
 """Strict surroundings for every test: four CPU devices, rank promotion raises, warnings are errors."""
 
 import os
+import signal
 
 # Before JAX is first imported: the tests of several devices need them, and none may touch an accelerator. The tests
 # compile many small programs and run each for a moment, so LLVM is told to hurry.
@@ -16,6 +17,8 @@ import numpy as np
 import pytest
 from absl import flags
 
+# A shell that starts the tests in its background has them ignore SIGINT, and so would the programs that they interrupt.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 jax.config.update("jax_numpy_rank_promotion", "raise")
 # Some third-party modules read absl flags at import; pytest is no absl app and never parses them.
 flags.FLAGS.mark_as_parsed()
