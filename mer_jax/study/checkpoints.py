@@ -1,8 +1,9 @@
 """Orbax behind one small door: checkpoints of a block of members, and its trained variables."""
 
-import contextlib
 import logging
+import os
 import shutil
+import tempfile
 import threading
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,17 @@ from mer_jax.errors import UserError
 # Blocks on several devices save from several threads; orbax is not made for that.
 _LOCK = threading.Lock()
 _KEPT = 2
+_UNFINISHED = ".orbax-checkpoint-tmp"
+
+
+def _is_news(record: logging.LogRecord) -> bool:
+    """False for orbax's own tale of its steps and, thread by thread, of a failure that is raised anyway."""
+    of_orbax = f"{os.sep}orbax{os.sep}" in record.pathname
+    return not of_orbax and _UNFINISHED not in record.getMessage()
+
+
+for _name in ("absl", "asyncio"):
+    logging.getLogger(_name).addFilter(_is_news)
 
 
 class BlockCheckpoints:
@@ -71,7 +83,8 @@ def save_tree(directory: Path, tree: Any) -> None:
         try:
             directory.parent.mkdir(parents=True, exist_ok=True)
             _remove_unfinished(directory)  # of a run that was killed here
-            with _quiet(), ocp.StandardCheckpointer() as checkpointer:
+            _require_space(directory, tree)
+            with ocp.StandardCheckpointer() as checkpointer:
                 checkpointer.save(directory, tree, force=True)
                 checkpointer.wait_until_finished()
         except Exception as error:
@@ -85,8 +98,15 @@ def save_tree(directory: Path, tree: Any) -> None:
             ) from error
 
 
+def _require_space(directory: Path, tree: Any) -> None:
+    """Asks the file system before orbax does, whose threads each print a traceback when they find the disk full."""
+    if hasattr(os, "posix_fallocate"):
+        with tempfile.TemporaryFile(dir=directory.parent) as probe:
+            os.posix_fallocate(probe.fileno(), 0, 2**16 + sum(leaf.nbytes for leaf in jax.tree.leaves(tree)))
+
+
 def _remove_unfinished(directory: Path) -> None:
-    for rest in directory.parent.glob(f"{directory.name}.orbax-checkpoint-tmp*"):
+    for rest in directory.parent.glob(f"{directory.name}{_UNFINISHED}*"):
         shutil.rmtree(rest, ignore_errors=True)
 
 
@@ -105,7 +125,7 @@ def load_tree(directory: Path, abstract: Any) -> Any:
     """
     with _LOCK:
         try:
-            with _quiet(), ocp.StandardCheckpointer() as checkpointer:
+            with ocp.StandardCheckpointer() as checkpointer:
                 tree = checkpointer.restore(directory.absolute(), abstract)
             # Orbax does not check the shapes of NumPy arrays.
             jax.tree.map(_require_shape, abstract, tree)
@@ -121,14 +141,3 @@ def load_tree(directory: Path, abstract: Any) -> Any:
 def _require_shape(expected: jax.ShapeDtypeStruct, array: Any) -> None:
     if array.shape != expected.shape:
         raise ValueError(f"shape {array.shape} instead of {expected.shape}")
-
-
-@contextlib.contextmanager
-def _quiet():
-    logger = logging.getLogger("absl")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        logger.setLevel(level)

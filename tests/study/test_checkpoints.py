@@ -1,4 +1,5 @@
 import errno
+import os
 
 import jax
 import jax.numpy as jnp
@@ -49,6 +50,20 @@ def test_a_full_disk_leaves_what_was_there(tmp_path, monkeypatch):
         checkpoints.save(3, tree(3.0))
     assert sorted(path.name for path in (tmp_path / "block").iterdir()) == ["1", "2"]
     np.testing.assert_array_equal(checkpoints.restore(2, abstract())["losses"], tree(2.0)["losses"])
+
+
+def test_a_disk_that_is_full_already_never_meets_orbax(tmp_path, monkeypatch):
+    asked = []
+
+    def refuse(descriptor, offset, size):
+        asked.append(size)
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "posix_fallocate", refuse)
+    monkeypatch.setattr(ocp.StandardCheckpointer, "save", None)
+    with pytest.raises(UserError, match=r"params: the checkpoint could not be written \(.*No space left on device"):
+        save_tree(tmp_path / "params", {"weights": np.zeros(10**6)})
+    assert asked[0] > 8 * 10**6 and not list(tmp_path.iterdir())
 
 
 def test_what_a_kill_left_is_no_checkpoint_and_is_swept(tmp_path):
