@@ -1,5 +1,6 @@
 """What all doors in ``scripts/`` share: how they fail."""
 
+import os
 import re
 import sys
 from collections.abc import Callable
@@ -23,6 +24,10 @@ def open_door(main: Callable[..., int | None], *args, **kwargs) -> None:
     logging.set_verbosity(logging.WARNING)  # JAX and TFDS tell their inner steps at INFO
     try:
         status = main(*args, **kwargs)
+        sys.stdout.flush()
+    except BrokenPipeError:  # the reader, such as head, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        status = 0
     except UserError as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
         status = EXIT_USER_ERROR
