@@ -11,7 +11,7 @@ from mer_jax.errors import UserError
 from mer_jax.study.held_out import resolve_evaluation
 from mer_jax.study.members import HYPER_NAMES
 
-# Fields that do not change any result; a run may go on under other values of these.
+# A run may go on under other values of these. The platform is checked by itself, by what it turned out to be.
 NEUTRAL_FIELDS = ("platform", "study.checkpoint_seconds", "study.compile_cache", "data.workers")
 
 

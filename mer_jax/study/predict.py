@@ -143,6 +143,8 @@ def predict_run(
     print(format_predictions(predictions))
     if submission:
         if not predictions.members.all():
+            if member is None:
+                raise UserError(f"only some folds of this study were trained; a submission needs all {split} clips")
             raise UserError(
                 f"--member={member} held out only a part of the {split} clips; a submission needs all of them: use "
                 "the ensemble"
