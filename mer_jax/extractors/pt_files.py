@@ -63,6 +63,37 @@ def read_pt(path: str | os.PathLike) -> Any:
         return _read_zip(stream) if zipfile.is_zipfile(stream) else _read_legacy(stream)
 
 
+def load_state_dict(path: str | os.PathLike) -> dict[str, np.ndarray]:
+    """Reads the weights of a network: what ``torch.save(network.state_dict(), path)`` wrote.
+
+    A state dict that is an entry ``'state_dict'`` of a larger checkpoint is found, and the prefix ``module.`` that
+    data-parallel training leaves before every name is taken off.
+
+    Args:
+        path: A file of ``torch.save``, in either format.
+
+    Returns:
+        Name to array, in the file's order.
+
+    Raises:
+        UserError: As :func:`read_pt`, or the file holds no state dict.
+    """
+    state = read_pt(path)
+    if isinstance(state, dict) and isinstance(state.get("state_dict"), dict):
+        state = state["state_dict"]
+    if not isinstance(state, dict) or not state or not all(isinstance(name, str) for name in state):
+        raise UserError(f"{path}: holds no state dict; write it with torch.save(network.state_dict(), ...)")
+    strange = next((name for name, value in state.items() if not isinstance(value, np.ndarray)), None)
+    if strange is not None:
+        raise UserError(
+            f"{path}: no state dict, its entry {strange!r} is no tensor; write it with "
+            "torch.save(network.state_dict(), ...)"
+        )
+    if all(name.startswith("module.") for name in state):
+        state = {name.removeprefix("module."): value for name, value in state.items()}
+    return state
+
+
 def read_npy(path: str | os.PathLike) -> Any:
     """Reads a ``.npy`` file: an array of numbers, or a pickled dict, list or array of objects of such arrays.
 
@@ -113,7 +144,7 @@ def _refusals(path: Path, kind: str) -> Iterator[None]:
     # Pickle bytes that are not what they seem to be can raise nearly anything inside the unpickler.
     except Exception as error:
         reason = " ".join(str(error).split()) or type(error).__name__
-        raise UserError(f"{path}: not {kind}, or damaged ({reason}); write it again") from error
+        raise UserError(f"{path}: not {kind}, or damaged ({reason}); fetch it or write it again") from error
 
 
 class _Forbidden(Exception):

@@ -5,13 +5,14 @@ import os
 import pickle
 import warnings
 import zipfile
+from collections import OrderedDict
 
 import numpy as np
 import pytest
 import torch
 
 from mer_jax.errors import UserError
-from mer_jax.extractors.pt_files import read_npy, read_pt
+from mer_jax.extractors.pt_files import load_state_dict, read_npy, read_pt
 
 DTYPES = [
     torch.float32,
@@ -78,6 +79,60 @@ def test_state_dict_with_shared_storage(tmp_path, zipped):
     for key, tensor in state.items():
         assert_same_bits(read["state"][key], tensor)
     assert (read["epoch"], read["names"]) == (3, ["a", ("b", 1.5, None)])
+
+
+@pytest.mark.parametrize("zipped", [True, False], ids=["zip", "legacy"])
+@pytest.mark.parametrize(
+    "wrap",
+    [
+        lambda state: state,
+        lambda state: dict(state),
+        lambda state: {"state_dict": state, "epoch": 800, "args": ["--lr", 5e-5]},
+        lambda state: OrderedDict((f"module.{name}", value) for name, value in state.items()),
+        lambda state: {"state_dict": {f"module.{name}": torch.nn.Parameter(v, False) for name, v in state.items()}},
+    ],
+    ids=["plain", "dict", "checkpoint", "parallel", "both"],
+)
+def test_load_state_dict_of_a_network(tmp_path, zipped, wrap):
+    network = torch.nn.Sequential(torch.nn.Conv2d(3, 5, 3), torch.nn.ReLU(), torch.nn.BatchNorm2d(5))
+    network(torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(0)))  # moves the running statistics
+    state = network.state_dict()
+    # One storage under two names, and halves of one storage, as tied and packed weights are saved.
+    state["tied"] = state["0.weight"].permute(1, 0, 3, 2)
+    packed = torch.arange(12).to(torch.bfloat16)
+    state["first"], state["second"] = packed[:5], packed[5:].reshape(7, 1)
+    torch.save(wrap(state), tmp_path / "w.pth", _use_new_zipfile_serialization=zipped)
+    read = load_state_dict(tmp_path / "w.pth")
+    assert list(read) == list(state)
+    assert read["2.num_batches_tracked"].dtype == np.int64 and read["2.num_batches_tracked"] == 1
+    for name, tensor in state.items():
+        assert_same_bits(read[name], tensor)
+
+
+@pytest.mark.parametrize(
+    "value, told",
+    [
+        (torch.zeros(3), "holds no state dict"),
+        ({}, "holds no state dict"),
+        ({1: torch.zeros(3)}, "holds no state dict"),
+        ([torch.zeros(3)], "holds no state dict"),
+        ({"weight": torch.zeros(3), "epoch": 3}, "no state dict, its entry 'epoch' is no tensor"),
+    ],
+)
+def test_what_is_no_state_dict_is_told(tmp_path, value, told):
+    torch.save(value, tmp_path / "w.pth")
+    with pytest.raises(UserError, match=rf"w\.pth: {told}; write it with torch\.save\(network\.state_dict"):
+        load_state_dict(tmp_path / "w.pth")
+
+
+@pytest.mark.parametrize("zipped", [True, False], ids=["zip", "legacy"])
+def test_a_whole_network_is_refused_and_its_class_named(tmp_path, zipped):
+    with warnings.catch_warnings():
+        # The older format wants to keep a class's source beside it, and cannot find that of compiled classes.
+        warnings.simplefilter("ignore")
+        torch.save(torch.nn.Linear(2, 3), tmp_path / "w.pth", _use_new_zipfile_serialization=zipped)
+    with pytest.raises(UserError, match=r"w\.pth: refused, its pickle asks for 'torch\.nn\.modules\.linear\.Linear'"):
+        load_state_dict(tmp_path / "w.pth")
 
 
 class Harm:
@@ -177,7 +232,13 @@ def test_every_truncation_and_flipped_byte_is_survived(tmp_path, rng):
     torch.save({"a": torch.arange(6.0), "b": torch.zeros(2, 3)}, tmp_path / "legacy",
                _use_new_zipfile_serialization=False)  # fmt: skip
     np.save(tmp_path / "dict", {"coeffs": np.zeros((1, 5), np.float32)}, allow_pickle=True)
-    for read, source in ((read_pt, tmp_path / "legacy"), (read_npy, tmp_path / "dict.npy")):
+    torch.save({"a": torch.arange(6.0), "b": torch.zeros(2, 3)}, tmp_path / "zip")
+    sources = (
+        (load_state_dict, tmp_path / "legacy"),
+        (load_state_dict, tmp_path / "zip"),
+        (read_npy, tmp_path / "dict.npy"),
+    )
+    for read, source in sources:
         whole = source.read_bytes()
         damaged = tmp_path / "damaged"
         positions = rng.choice(len(whole), 150, replace=False)
