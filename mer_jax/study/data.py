@@ -6,42 +6,54 @@ from pathlib import Path
 
 import numpy as np
 
+from mer_jax.clips.layouts import LABELS
 from mer_jax.clips.resample import resample_indices
 from mer_jax.errors import UserError
 
+MULTI_LABEL = "multi_label"
+MULTI_CLASS = "multi_class"
 NORMALISATIONS = ("none", "l2", "standard")
 REFERENCES = ("none", "onset")
 
 
 @dataclasses.dataclass(frozen=True)
 class StudyData:
-    """All clips of a data set, resampled to T frames, in memory.
+    """All clips of a data set in memory.
 
-    Clips are ordered by split (train first), then id, then name; samples (one a clip and view) by clip, then view.
+    Clips are ordered by split (train first), then id, then name; samples (one a clip, view and phase) by clip, then
+    view, then phase. L labels.
 
     Attributes:
         clip_name: ``(C,)`` str.
         clip_id: ``(C,)`` int64, the number a submission names the clip by.
         clip_subject: ``(C,)`` str, '' where unknown.
         clip_split: ``(C,)`` str, 'train' or 'test'.
-        clip_labels: ``(C, 5)`` int8, 0/1; -1 where unknown.
+        clip_database: ``(C,)`` str, the database that a clip is from, '' where there is only one.
+        clip_labels: ``(C, L)`` int8, 0/1; -1 where unknown. One-hot where the task is multi-class.
         sample_clip: ``(N,)`` int32, index into the clips.
         sample_view: ``(N,)`` str.
+        sample_phase: ``(N,)`` str, 'onset_apex', 'apex_offset', or '' for the whole clip.
         face_found: ``(N,)`` bool, False where the crop is a fallback because no face was detected.
-        features: Modality to ``(N, T, D)`` float32.
-        frame_mask: ``(N, T)`` bool, False for padding.
+        features: Modality to ``(N, T, D)`` float32 (frames), or input to ``(N, H, W, C)`` float32 (flow).
+        frame_mask: ``(N, T)`` bool, False for padding; None where there are no frames.
+        label_names: L names of labels or classes.
+        task: ``'multi_label'`` (any number of labels is present) or ``'multi_class'`` (exactly one is).
     """
 
     clip_name: np.ndarray
     clip_id: np.ndarray
     clip_subject: np.ndarray
     clip_split: np.ndarray
+    clip_database: np.ndarray
     clip_labels: np.ndarray
     sample_clip: np.ndarray
     sample_view: np.ndarray
+    sample_phase: np.ndarray
     face_found: np.ndarray
     features: Mapping[str, np.ndarray]
-    frame_mask: np.ndarray
+    frame_mask: np.ndarray | None
+    label_names: tuple[str, ...]
+    task: str
 
     @property
     def training(self) -> np.ndarray:
@@ -111,12 +123,16 @@ def load_dataset(version_dir: Path, extractors: Mapping[str, str], *, num_frames
         clip_id=np.array(ids, np.int64),
         clip_subject=np.array(subjects),
         clip_split=np.array(splits),
+        clip_database=np.full(len(clips), ""),
         clip_labels=np.stack(labels),
         sample_clip=np.array(sample_clip, np.int32),
         sample_view=np.array(sample_view),
+        sample_phase=np.full(len(sample_view), ""),
         face_found=np.array(face_found),
         features={modality: np.stack(stack) for modality, stack in features.items()},
         frame_mask=np.stack(masks),
+        label_names=LABELS,
+        task=MULTI_LABEL,
     )
 
 

@@ -2,15 +2,16 @@
 
 import dataclasses
 import os
+import re
 import zipfile
 import zlib
 from pathlib import Path
 
 import numpy as np
 
-from mer_jax.clips.layouts import LABELS
 from mer_jax.errors import UserError
 from mer_jax.files import atomic_savez
+from mer_jax.study.data import MULTI_CLASS, MULTI_LABEL
 
 FILENAME = "predictions.npz"
 OK = "ok"
@@ -19,22 +20,29 @@ TRAIN = "train"
 TEST = "test"
 UNKNOWN_LABEL = -1
 NO_FOLD = -1
+ONSET_APEX = "onset_apex"
+APEX_OFFSET = "apex_offset"
+PHASES = (ONSET_APEX, APEX_OFFSET)
 
 _HYPER = "hyper_"
 _ATTENTION = "attention_"
 
-# Letters: C clips, N samples (a clip seen from one view), M members, E evaluated epochs, V most held-out
-# samples of a fold, G gate weights, L labels, T frames. The second entry is the kind that the stored array
-# must be safely cast from.
+# Letters: C clips, N samples (one view and phase of a clip), M members, E evaluated epochs, V most held-out
+# samples of a fold, G gate weights, S streams, L labels, T frames. The second entry is the kind that the stored
+# array must be safely cast from.
 _FIELDS = {
+    "label_name": ("L", np.str_),
+    "task": ("", np.str_),
     "clip_name": ("C", np.str_),
     "clip_id": ("C", np.int64),
     "clip_subject": ("C", np.str_),
     "clip_split": ("C", np.str_),
+    "clip_database": ("C", np.str_),
     "clip_labels": ("CL", np.int8),
     "clip_fold": ("C", np.int32),
     "sample_clip": ("N", np.int32),
     "sample_view": ("N", np.str_),
+    "sample_phase": ("N", np.str_),
     "member_id": ("M", np.str_),
     "member_fold": ("M", np.int32),
     "member_seed": ("M", np.int32),
@@ -50,6 +58,7 @@ _FIELDS = {
     "curve_probabilities": ("MEVL", np.float32),
     "gate": ("MG", np.float32),
     "gate_name": ("G", np.str_),
+    "stream_name": ("S", np.str_),
 }
 
 
@@ -57,48 +66,59 @@ _FIELDS = {
 class StudyResults:
     """All predictions of a study, members along the first axis.
 
-    C clips, N samples (one clip seen from one view), M members (fold, seed, hyper-parameters), E evaluated
-    epochs, V the largest number of held-out samples of a fold, G gate weights, T frames; five labels in the
-    order of ``LABELS``.
+    C clips, N samples (one view and phase of a clip), M members (fold, seed, hyper-parameters), E evaluated
+    epochs (0 where the weights come from elsewhere), V the largest number of held-out samples of a fold, G gate
+    weights, S streams, T frames, L labels.
 
     Attributes:
+        label_name: ``(L,)`` names of the labels or classes, unique.
+        task: ``()`` ``'multi_label'`` or ``'multi_class'``.
         clip_name: ``(C,)`` names, unique.
         clip_id: ``(C,)`` integer ids of the data set.
         clip_subject: ``(C,)`` subject ids, ``''`` where unknown.
         clip_split: ``(C,)`` ``'train'`` or ``'test'``.
-        clip_labels: ``(C, 5)`` 0 or 1, -1 where unknown.
+        clip_database: ``(C,)`` the database that a clip is from, ``''`` where there is only one.
+        clip_labels: ``(C, L)`` 0 or 1, -1 where unknown; in a multi-class study each row is one-hot, or unknown
+            altogether.
         clip_fold: ``(C,)`` the fold that holds the clip out, -1 for the test split.
         sample_clip: ``(N,)`` the clip of each sample, an index into the clips.
         sample_view: ``(N,)`` view names.
+        sample_phase: ``(N,)`` ``'onset_apex'``, ``'apex_offset'``, or ``''`` for the whole clip.
         member_id: ``(M,)`` stable names such as ``fold0-seed3``.
         member_fold: ``(M,)`` the fold that the member holds out.
         member_seed: ``(M,)`` seeds.
         member_status: ``(M,)`` ``'ok'`` or ``'diverged'``.
         member_stop_epoch: ``(M,)`` the epoch whose parameters were kept.
-        probabilities: ``(M, N, 5)`` in [0, 1] after training, for all samples; NaN for diverged members.
+        probabilities: ``(M, N, L)`` in [0, 1] after training, for all samples; NaN for diverged members.
         inner: ``(M, N)`` samples that served early stopping and thresholds but not gradients; whole clips.
         curve_epoch: ``(E,)`` the evaluated epochs.
         curve_train_loss: ``(M, E)``, NaN where absent, as the next two.
         curve_inner_loss: ``(M, E)``.
         curve_heldout_loss: ``(M, E)``, for display only.
         curve_sample: ``(M, V)`` held-out samples, padded with -1.
-        curve_probabilities: ``(M, E, V, 5)`` held-out probabilities at every evaluated epoch, for the leaky
+        curve_probabilities: ``(M, E, V, L)`` held-out probabilities at every evaluated epoch, for the leaky
             figures only.
         gate: ``(M, G)`` gate weights; G = 0 when the model has no gate.
         gate_name: ``(G,)`` what each weight belongs to.
+        stream_name: ``(S,)`` what each attention weight over streams belongs to; S = 0 when the model has none.
         hyper: name -> ``(M,)`` per-member hyper-parameters.
         attention: modality -> ``(M, V, T)`` attention over frames of the held-out samples (rows as
-            ``curve_sample``).
+            ``curve_sample``); in a study with streams, ``streams1`` and on -> ``(M, V, S)`` attention over streams
+            after each block.
     """
 
+    label_name: np.ndarray
+    task: np.ndarray
     clip_name: np.ndarray
     clip_id: np.ndarray
     clip_subject: np.ndarray
     clip_split: np.ndarray
+    clip_database: np.ndarray
     clip_labels: np.ndarray
     clip_fold: np.ndarray
     sample_clip: np.ndarray
     sample_view: np.ndarray
+    sample_phase: np.ndarray
     member_id: np.ndarray
     member_fold: np.ndarray
     member_seed: np.ndarray
@@ -114,8 +134,19 @@ class StudyResults:
     curve_probabilities: np.ndarray
     gate: np.ndarray
     gate_name: np.ndarray
+    stream_name: np.ndarray
     hyper: dict[str, np.ndarray] = dataclasses.field(default_factory=dict)
     attention: dict[str, np.ndarray] = dataclasses.field(default_factory=dict)
+
+    @property
+    def labels(self) -> tuple[str, ...]:
+        """The names of labels or classes."""
+        return tuple(self.label_name.tolist())
+
+    @property
+    def multi_class(self) -> bool:
+        """Whether exactly one of the labels is present in a clip."""
+        return str(self.task) == MULTI_CLASS
 
     @property
     def ok(self) -> np.ndarray:
@@ -188,23 +219,32 @@ class StudyResults:
         Raises:
             UserError: Names the field that is wrong.
         """
-        sizes = {"L": len(LABELS)}
+        sizes: dict[str, int] = {}
         for name, (dims, kind) in _FIELDS.items():
             _check_array(where, name, getattr(self, name), dims, kind, sizes)
         for name, values in self.hyper.items():
             _check_array(where, _HYPER + name, values, "M", np.float32, sizes)
         for name, values in self.attention.items():
-            _check_array(where, _ATTENTION + name, values, "MVT", np.float32, {**sizes})
+            last = "S" if is_stream(name) else "T"
+            _check_array(where, _ATTENTION + name, values, f"MV{last}", np.float32, {**sizes})
 
         def require(condition, field, what):
             if not condition:
                 raise UserError(f"{where}: {field} {what}; the file is damaged, train the study again")
 
         num_clips, num_samples = sizes["C"], sizes["N"]
-        for field in ("clip_name", "member_id"):
+        require(str(self.task) in (MULTI_LABEL, MULTI_CLASS), "task", f"is not {MULTI_LABEL} or {MULTI_CLASS}")
+        require(len(self.label_name) > 0, "label_name", "is empty")
+        for field in ("label_name", "clip_name", "member_id"):
             require(len(set(getattr(self, field).tolist())) == len(getattr(self, field)), field, "has duplicates")
         require(np.isin(self.clip_split, (TRAIN, TEST)).all(), "clip_split", f"is not all {TRAIN} or {TEST}")
         require(np.isin(self.clip_labels, (UNKNOWN_LABEL, 0, 1)).all(), "clip_labels", "is not all -1, 0 or 1")
+        if self.multi_class:
+            one_hot = (self.clip_labels >= 0).all(axis=1) & (self.clip_labels.clip(0).sum(axis=1) == 1)
+            unknown = (self.clip_labels == UNKNOWN_LABEL).all(axis=1)
+            require(
+                (one_hot | unknown).all(), "clip_labels", "gives a clip of a multi-class study not exactly one class"
+            )
         require((self.clip_fold >= NO_FOLD).all(), "clip_fold", "is below -1")
         test = self.clip_split == TEST
         require((self.clip_fold[test] == NO_FOLD).all(), "clip_fold", "puts a test clip into a fold")
@@ -215,6 +255,13 @@ class StudyResults:
             "points outside the clips",
         )
         require(present.all(), "sample_clip", "leaves a clip without samples")
+        require(
+            np.isin(self.sample_phase, ("", *PHASES)).all(), "sample_phase", f"is not all {' or '.join(PHASES)}, or ''"
+        )
+        samples = list(
+            zip(self.sample_clip.tolist(), self.sample_view.tolist(), self.sample_phase.tolist(), strict=True)
+        )
+        require(len(set(samples)) == num_samples, "sample_phase", "gives two samples the same clip, view and phase")
         require(
             np.isin(self.member_status, (OK, DIVERGED)).all(),
             "member_status",
@@ -235,11 +282,16 @@ class StudyResults:
         forbidden = (sample_fold == self.member_fold[:, None]) | (sample_fold == NO_FOLD)  # (M, N)
         require(not (self.inner & forbidden).any(), "inner", "contains held-out or test samples")
         whole = self.inner_clips()[:, self.sample_clip]  # (M, N)
-        require(np.array_equal(whole, self.inner), "inner", "splits the views of a clip")
+        require(np.array_equal(whole, self.inner), "inner", "splits the samples of a clip")
         rows = self.curve_sample
         require(((rows >= -1) & (rows < num_samples)).all(), "curve_sample", "points outside the samples")
         held_out = sample_fold[rows.clip(0)] == self.member_fold[:, None]
         require(((rows == -1) | held_out).all(), "curve_sample", "contains samples that are not held out")
+
+
+def is_stream(modality: str) -> bool:
+    """Whether an attention is over the model's streams (``streams1``, ``streams2``) instead of frames."""
+    return re.fullmatch(r"streams\d+", modality) is not None
 
 
 def _check_array(where, name, array, dims, kind, sizes) -> None:

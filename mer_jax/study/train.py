@@ -500,7 +500,7 @@ def block_path(workdir: Path, number: int) -> Path:
 def _empty_history(size: int, epochs: int, plan: _Plan) -> dict[str, np.ndarray]:
     watched = plan.inputs[0].watched.shape[0]
     history = {name: np.full((size, epochs), np.nan, np.float32) for name in _HISTORY}
-    history["probabilities"] = np.full((size, epochs, watched, len(LABELS)), np.nan, np.float32)
+    history["probabilities"] = np.full((size, epochs, watched, plan.data.clip_labels.shape[1]), np.nan, np.float32)
     return history
 
 
@@ -563,14 +563,18 @@ def _assemble(workdir: Path, plan: _Plan, blocks: Sequence[range], gate_names: S
         name: np.array([dict(member.hyper)[name] for member in members], np.float32) for name, _ in members[0].hyper
     }
     results = StudyResults(
+        label_name=np.array(data.label_names, dtype=np.str_),
+        task=np.array(data.task),
         clip_name=data.clip_name,
         clip_id=data.clip_id,
         clip_subject=data.clip_subject,
         clip_split=data.clip_split,
+        clip_database=data.clip_database,
         clip_labels=data.clip_labels,
         clip_fold=plan.clip_fold,
         sample_clip=data.sample_clip,
         sample_view=data.sample_view,
+        sample_phase=data.sample_phase,
         member_id=np.array([member.id for member in members]),
         member_fold=np.array([member.fold for member in members], np.int32),
         member_seed=np.array([member.seed for member in members], np.int32),
@@ -584,6 +588,7 @@ def _assemble(workdir: Path, plan: _Plan, blocks: Sequence[range], gate_names: S
         curve_probabilities=joined["curve_probabilities"][:, :, :rows],
         gate=joined.get("gate", np.zeros((len(members), 0), np.float32)),
         gate_name=np.array(gate_names, dtype=np.str_),
+        stream_name=np.zeros(0, np.str_),
         hyper=hyper,
         attention={
             name.removeprefix("attention_"): values[:, :rows]

@@ -14,7 +14,6 @@ import numpy as np
 from ml_collections import ConfigDict
 
 import mer_jax
-from mer_jax.clips.layouts import LABELS
 from mer_jax.errors import UserError
 from mer_jax.files import LOCK_NAME, TEMPORARY_SUFFIX, atomic_write_text
 from mer_jax.study.config import NEUTRAL_FIELDS, refuse_other_config, to_json
@@ -101,16 +100,21 @@ def check_data(workdir: Path, data: StudyData) -> None:
         UserError: The data set differs from the one that the folder was started with.
     """
     digest = hashlib.sha256()
+    digest.update(json.dumps([data.task, *data.label_names]).encode())
     for array in (
         data.clip_name,
         data.clip_id,
         data.clip_subject,
         data.clip_split,
+        data.clip_database,
         data.clip_labels,
         data.sample_clip,
+        data.sample_view,
+        data.sample_phase,
         data.frame_mask,
     ):
-        digest.update(np.ascontiguousarray(array))
+        if array is not None:
+            digest.update(np.ascontiguousarray(array))
     for modality in sorted(data.features):
         digest.update(modality.encode())
         digest.update(np.ascontiguousarray(data.features[modality]))
@@ -128,13 +132,14 @@ def check_data(workdir: Path, data: StudyData) -> None:
 
 def write_tables(workdir: Path, data: StudyData, clip_fold: np.ndarray, members: Sequence[Member]) -> None:
     """Writes ``folds.csv`` (a row a clip; ``face_found`` is 1 where every view had a face) and ``members.csv``."""
-    rows = [("clip", "id", "subject", "split", "fold", "face_found", *LABELS)]
+    rows = [("clip", "id", "database", "subject", "split", "fold", "face_found", *data.label_names)]
     for index, name in enumerate(data.clip_name):
         labels = [value if value >= 0 else "" for value in data.clip_labels[index].tolist()]
         rows.append(
             (
                 name,
                 data.clip_id[index],
+                data.clip_database[index],
                 data.clip_subject[index],
                 data.clip_split[index],
                 clip_fold[index],

@@ -7,6 +7,7 @@ import json
 import numpy as np
 import pytest
 
+from mer_jax.clips.layouts import LABELS
 from mer_jax.study.results import StudyResults
 from mer_jax.study.summary import summarise
 
@@ -70,14 +71,18 @@ def synthetic_results(num_folds=3, num_seeds=4, clips=48, test_clips=6, epochs=1
         raw = np.exp(peak * apex + rng.normal(0, 0.25, (members, width, frames)))
         attention[modality] = (raw / raw.sum(-1, keepdims=True)).astype("f4")
     return StudyResults(
+        label_name=np.array(LABELS),
+        task=np.array("multi_label"),
         clip_name=np.array([f"clip_{i:03d}" for i in range(total)]),
         clip_id=np.arange(total, dtype=np.int64),
         clip_subject=np.array([f"s{i % 12:02d}" for i in range(total)]),
         clip_split=np.where(np.arange(total) < clips, "train", "test"),
+        clip_database=np.full(total, ""),
         clip_labels=labels,
         clip_fold=fold,
         sample_clip=sample_clip,
         sample_view=np.tile(["l", "r"], total),
+        sample_phase=np.full(2 * total, ""),
         member_id=ids,
         member_fold=member_fold,
         member_seed=member_seed,
@@ -93,6 +98,7 @@ def synthetic_results(num_folds=3, num_seeds=4, clips=48, test_clips=6, epochs=1
         curve_probabilities=curve_probabilities.astype(np.float32),
         gate=np.stack([weight, 1 - weight], axis=1).astype(np.float32),
         gate_name=np.array(["appearance", "geometry"]),
+        stream_name=np.zeros(0, "U1"),
         attention=attention,
     )
 

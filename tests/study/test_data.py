@@ -19,12 +19,16 @@ def make_data(rng, clips=12, frames=5, width=7, test=3):
         clip_id=np.arange(clips),
         clip_subject=np.array(["a"] * clips),
         clip_split=np.array(["train"] * (clips - test) + ["test"] * test),
+        clip_database=np.array([""] * clips),
         clip_labels=rng.integers(0, 2, (clips, 5)).astype(np.int8),
         sample_clip=samples.astype(np.int32),
         sample_view=np.array(["l", "r"] * clips),
+        sample_phase=np.array([""] * (2 * clips)),
         face_found=np.ones(2 * clips, bool),
         features={"x": (rng.normal(size=(2 * clips, frames, width)) * 3 + 1).astype(np.float32)},
         frame_mask=np.ones((2 * clips, frames), bool),
+        label_names=("a", "b", "c", "d", "e"),
+        task="multi_label",
     )
 
 

@@ -28,12 +28,16 @@ def make_data():
         clip_id=np.arange(CLIPS, dtype=np.int64),
         clip_subject=np.array([""] * CLIPS),
         clip_split=np.array(["train"] * CLIPS),
+        clip_database=np.array([""] * CLIPS),
         clip_labels=labels,
         sample_clip=sample_clip,
         sample_view=np.array(["l", "r"] * CLIPS),
+        sample_phase=np.array([""] * (2 * CLIPS)),
         face_found=np.ones(2 * CLIPS, bool),
         features=features,
         frame_mask=np.ones((2 * CLIPS, FRAMES), bool),
+        label_names=LABELS,
+        task="multi_label",
     )
 
 

@@ -59,8 +59,44 @@ def test_missing_damaged_and_outdated_files(results, tmp_path):
     with pytest.raises(UserError, match=r"predictions\.npz: cannot be read"):
         StudyResults.load(tmp_path)
     np.savez(path, clip_name=results.clip_name)
-    with pytest.raises(UserError, match=r"lacks attention|lacks clip_fold"):
+    with pytest.raises(UserError, match="lacks clip_database, clip_fold"):
         StudyResults.load(tmp_path)
+
+
+def test_a_file_of_five_fixed_labels_is_refused(results, tmp_path):
+    path = tmp_path / "predictions.npz"
+    results.save(path)
+    with np.load(path) as archive:
+        arrays = dict(archive)
+    for name in ("label_name", "task", "clip_database", "sample_phase", "stream_name"):
+        del arrays[name]
+    np.savez(path, **arrays)
+    with pytest.raises(UserError, match=r"lacks clip_database, label_name, .*; written by another version, train"):
+        StudyResults.load(path)
+
+
+def test_a_multi_class_study_of_phases_and_streams(rng, tmp_path):
+    results = fake_study.make_results(
+        rng,
+        task="multi_class",
+        label_names=fake_study.EMOTIONS,
+        phases=("onset_apex", "apex_offset"),
+        single_phase=[2],
+        databases=["smic", "samm"] * 20,
+        streams=("u", "v", "m"),
+        num_epochs=0,
+    )
+    results.save(tmp_path / "predictions.npz")
+    again = StudyResults.load(tmp_path)
+    assert again.labels == fake_study.EMOTIONS and again.multi_class
+    assert again.curve_probabilities.shape == (12, 0, 48, 3)
+    assert again.attention["streams2"].shape == (12, 48, 3) and again.clip_database[1] == "samm"
+    with pytest.raises(UserError, match=r"attention_streams1 has shape .* instead of \(M=12, V=48, S=2\)"):
+        dataclasses.replace(again, stream_name=again.stream_name[:2]).validate()
+    for value in ([1, 1, 0], [0, 0, 0], [1, -1, 0]):
+        with pytest.raises(UserError, match="clip_labels gives a clip of a multi-class study not exactly one class"):
+            changed(again, "clip_labels", 0, value).validate()
+    changed(again, "clip_labels", 0, -1).validate()
 
 
 def changed(results, name, index, value):
@@ -79,6 +115,10 @@ def changed(results, name, index, value):
         ("clip_fold", 0, -2, "clip_fold is below"),
         ("clip_fold", -1, 0, "clip_fold puts a test clip"),
         ("sample_clip", 0, 400, "sample_clip points outside"),
+        ("sample_phase", 0, "apex", "sample_phase is not all onset_apex or apex_offset, or ''"),
+        ("sample_view", 0, "r", "sample_phase gives two samples the same clip, view and phase"),
+        ("label_name", 1, "Negative", "label_name has duplicates"),
+        ("task", (), "regression", "task is not multi_label or multi_class"),
         ("sample_clip", slice(0, 2), 5, "sample_clip leaves a clip without samples"),
         ("member_status", 0, "late", "member_status"),
         ("member_fold", 0, 7, "member_fold names a fold without clips"),
@@ -99,7 +139,7 @@ def test_contradictions_are_named(results, tmp_path, name, index, value, message
 
 def test_views_of_a_clip_share_the_inner_split(results):
     member, sample = np.argwhere(results.inner)[0]
-    with pytest.raises(UserError, match="inner splits the views of a clip"):
+    with pytest.raises(UserError, match="inner splits the samples of a clip"):
         changed(results, "inner", (member, sample), False).validate()
 
 

@@ -25,12 +25,16 @@ def data(rng):
         clip_id=np.array([1, 2]),
         clip_subject=np.array(["s1", "s2"]),
         clip_split=np.array(["train", "train"]),
-        clip_labels=np.zeros((2, 5), np.int8),
+        clip_database=np.array(["", ""]),
+        clip_labels=np.zeros((2, 3), np.int8),
         sample_clip=np.array([0, 0, 1, 1], np.int32),
         sample_view=np.array(["l", "r", "l", "r"]),
+        sample_phase=np.array([""] * 4),
         face_found=np.ones(4, bool),
         features={"appearance": rng.normal(size=(4, 3, 2)).astype(np.float32)},
         frame_mask=np.ones((4, 3), bool),
+        label_names=("negative", "positive", "surprise"),
+        task="multi_label",
     )
 
 
@@ -84,6 +88,11 @@ def test_other_data_are_refused(tmp_path, data):
         {"clip_name": np.array(["a", "c"])},
         {"features": {"appearance": features}},
         {"features": {"geometry": data.features["appearance"]}},
+        {"clip_database": np.array(["", "samm"])},
+        {"sample_phase": np.array(["onset_apex"] * 4)},
+        {"frame_mask": None},
+        {"label_names": ("negative", "positive", "other")},
+        {"task": "multi_class"},
     ):
         with pytest.raises(UserError, match="holds a study of other data"):
             check_data(tmp_path, dataclasses.replace(data, **change))
