@@ -292,9 +292,11 @@ def _differences(built: Mapping[str, Any], options: _Options, clips: Sequence[Cl
     settings, extractors = built["settings"], built["extractors"]
     differences = []
     if options.crop is not None:
+        # What a data set does not say is as it was before there was a choice.
+        stored = asdict(CropConfig()) | settings["crop"]
         for name, value in options.crop.items():
-            if settings["crop"].get(name) != value:
-                differences.append(f"crop {name} {settings['crop'].get(name)}, asked {value}")
+            if stored[name] != value:
+                differences.append(f"crop {name} {stored[name]}, asked {value}")
     for name in ("source", "test_source", "labels", "columns", "workbook", "seed", "demo_clips", "demo_version"):
         asked = json.loads(json.dumps(getattr(options, name)))
         if asked is not None and settings.get(name) != asked:
@@ -421,8 +423,9 @@ class _Notes:
     def lines(self, crop: CropConfig) -> list[str]:
         lines = []
         if self.no_face:
+            frames = "the first frame" if crop.rule == "first" else "any frame"
             lines.append(
-                f"no face was found in the first frame of {_count(self.no_face, 'sample')}, so the "
+                f"no face was found in {frames} of {_count(self.no_face, 'sample')}, so the "
                 f"'{crop.fallback}' box was cut out: {_listed(self.no_face)}"
             )
         for name, samples in self.missing.items():
@@ -470,7 +473,7 @@ def _file_facts(folder: str, dim: int) -> dict[str, Any]:
 def _settings(options: _Options, crop: CropConfig) -> dict[str, Any]:
     settings = asdict(options)
     del settings["config"], settings["extractors"]
-    return json.loads(json.dumps(settings | {"crop": asdict(crop)}))
+    return json.loads(json.dumps(settings | {"crop": crop.settings()}))
 
 
 def _origin(options: _Options) -> str:

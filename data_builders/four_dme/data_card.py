@@ -80,6 +80,7 @@ def render(config: str, facts: Mapping[str, Any]) -> str:
         lines.append(f"| {name} | {told['modality']} | {told['dim']} | {told['licence']} | {told['preprocessing']} |")
 
     crop = ", ".join(f"{name} {value}" for name, value in facts["settings"]["crop"].items())
-    lines += ["", f"Face crop, from the first frame of each view: {crop}.", "", "## Exceptions", ""]
+    frames = "every frame" if "rule" in facts["settings"]["crop"] else "the first frame"
+    lines += ["", f"Face crop, from {frames} of each view: {crop}.", "", "## Exceptions", ""]
     lines += [f"- {line}" for line in facts["exceptions"]] or ["None: a face was found in every sample and frame."]
     return "\n".join(lines) + "\n"

@@ -10,9 +10,9 @@ from pathlib import Path
 
 import numpy as np
 
-from mer_jax.clips.crops import Box, CropConfig, crop_clip, face_box
+from mer_jax.clips.crops import Box, CropConfig, FaceSearch, crop_clip
 from mer_jax.clips.faces import FaceDetector
-from mer_jax.clips.frames import read_frame, read_frames
+from mer_jax.clips.frames import read_frames
 from mer_jax.clips.layouts import Clip
 from mer_jax.clips.views import split_views
 from mer_jax.errors import UserError
@@ -78,7 +78,7 @@ def fingerprint(clip: Clip) -> str:
 def settings_hash(crop: CropConfig, extractors: Sequence[str]) -> str:
     """Names the work that may be reused: same crop, same extractors, same versions of them."""
     told = {name: get_extractor(name).preprocessing for name in extractors}
-    text = json.dumps([VERSION, asdict(crop), told], sort_keys=True)
+    text = json.dumps([VERSION, crop.settings(), told], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
@@ -157,9 +157,7 @@ def _prepare_clip(task: _Task) -> None:
     cv2.setNumThreads(1)
     clip, crop = task.clip, task.crop
     views = views_of(clip)
-    first = _split(read_frame(clip.frames[0]), clip.two_view)
-    with FaceDetector(crop.min_confidence) as detector:
-        boxes = {view: face_box(first[view], crop, detector) for view in views}
+    boxes = face_boxes(clip, crop)
 
     arrays: dict[str, np.ndarray] = {}
     missing: dict[str, dict[str, int]] = {view: {} for view in views}
@@ -183,6 +181,16 @@ def _prepare_clip(task: _Task) -> None:
         "views": {view: {"box": asdict(boxes[view]), "missing": missing[view]} for view in views},
     }
     atomic_savez(task.path, told=np.array(json.dumps(told)), **arrays)
+
+
+def face_boxes(clip: Clip, crop: CropConfig) -> dict[str, Box]:
+    """Where to cut each view of a clip; only the frames that the crop's rule looks at are read."""
+    with FaceDetector(crop.min_confidence) as detector:
+        searches = {view: FaceSearch(crop, detector) for view in views_of(clip)}
+        for frame in read_frames(clip.frames[:1] if crop.rule == "first" else clip.frames):
+            for view, image in _split(frame, clip.two_view).items():
+                searches[view].look(image)
+    return {view: search.box() for view, search in searches.items()}
 
 
 def _split(frame: np.ndarray, two_view: bool) -> dict[str, np.ndarray]:

@@ -1,7 +1,8 @@
-"""Face crops: one box per view, found in its first frame and kept for the whole clip."""
+"""Face crops: one box per view, found in one of its frames and kept for the whole clip."""
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -10,6 +11,7 @@ from mer_jax.clips.faces import Detection, FaceDetector
 from mer_jax.errors import UserError
 
 FALLBACKS = ("centre", "released")
+RULES = ("first", "largest")
 
 
 @dataclass(frozen=True)
@@ -30,6 +32,9 @@ class CropConfig:
             image; ``'released'`` is the released code's (left 0, top 400, right 1200, bottom 1600), cut to
             the image, which may leave a rectangle.
         bgr: Hand the detector BGR images, as the released code does although the model expects RGB.
+        rule: Which frames of a view are searched for its face. ``'first'`` is the first one only (fusion,
+            section 3.1.1); ``'largest'`` is every frame, of which the box with the largest area, before it
+            grows, is kept (MicroAttNet, section 3.1).
     """
 
     scale: float = 1.5
@@ -38,8 +43,11 @@ class CropConfig:
     min_confidence: float = 0.005
     fallback: str = "centre"
     bgr: bool = False
+    rule: str = "first"
 
     def __post_init__(self):
+        if self.rule not in RULES:
+            raise UserError(f"crop rule {self.rule!r} is unknown; choose one of {', '.join(RULES)}")
         if self.fallback not in FALLBACKS:
             raise UserError(f"crop fallback {self.fallback!r} is unknown; choose one of {', '.join(FALLBACKS)}")
         if not 0 < self.scale < float("inf"):
@@ -48,6 +56,13 @@ class CropConfig:
             raise UserError(f"crop size {self.size} is not positive; the paper takes 1024")
         if not 0 <= self.min_confidence <= 1:
             raise UserError(f"crop min_confidence {self.min_confidence} is outside [0, 1]; the default is 0.005")
+
+    def settings(self) -> dict[str, Any]:
+        """The fields as data sets keep them: ``rule`` only where it is not ``'first'``, which is as old as they."""
+        fields = asdict(self)
+        if self.rule == "first":
+            del fields["rule"]
+        return fields
 
 
 @dataclass(frozen=True)
@@ -71,30 +86,69 @@ class Box:
     score: float
 
 
-def face_box(first_view: np.ndarray, config: CropConfig, detector: FaceDetector) -> Box:
-    """Finds where to crop a clip, from the first frame of one view.
+def face_box(views: Iterable[np.ndarray], config: CropConfig, detector: FaceDetector) -> Box:
+    """Finds where to crop one view of a clip.
 
     Args:
-        first_view: (H, W, 3) uint8 RGB, the view in the clip's first frame.
+        views: (H, W, 3) uint8 RGB, the view in the clip's T frames, all of one size. ``config.rule`` says how
+            many are looked at; the others are not even asked for.
         config: How to cut. Its ``min_confidence`` must be that with which ``detector`` was made.
         detector: An open detector.
 
     Returns:
-        A box inside the image; ``found`` is False where the detector saw no face, or only one whose box does
-        not touch the image.
+        A box inside the image; ``found`` is False where the detector saw no face in the frames it was shown,
+        or only such whose box does not touch the image. Of boxes of the same size the earliest wins.
 
     Raises:
-        UserError: No face was found and the released fallback lies outside this image.
+        UserError: There are no frames, or no face was found and the released fallback lies outside this image.
     """
-    height, width = first_view.shape[:2]
-    detection = detector.detect(first_view[..., ::-1] if config.bgr else first_view)
-    if detection is not None:
-        expand = _square_edges if config.square else _released_edges
-        left, top, right, bottom = expand(detection, height, width, config.scale)
+    search = FaceSearch(config, detector)
+    for view in views:
+        search.look(view)
+        if config.rule == "first":
+            break
+    return search.box()
+
+
+class FaceSearch:
+    """Finds the box of one view while its frames come by one at a time.
+
+    Args:
+        config: How to cut; with the rule ``'first'`` only the first frame that is shown is looked at.
+        detector: An open detector, made with the ``min_confidence`` of ``config``.
+    """
+
+    def __init__(self, config: CropConfig, detector: FaceDetector):
+        self._config, self._detector = config, detector
+        self._shape: tuple[int, int] | None = None
+        self._best: Box | None = None
+        self._area = 0.0  # of the detected face behind it, as a share of the frame
+
+    def look(self, view: np.ndarray) -> None:
+        """Looks for a larger face in the next frame, (H, W, 3) uint8 RGB."""
+        if self._shape is not None and self._config.rule == "first":
+            return
+        self._shape = height, width = view.shape[:2]
+        detection = self._detector.detect(view[..., ::-1] if self._config.bgr else view)
+        if detection is None:
+            return
+        area = detection.box[2] * detection.box[3]
+        if self._best is not None and area <= self._area:
+            return
+        expand = _square_edges if self._config.square else _released_edges
+        left, top, right, bottom = expand(detection, height, width, self._config.scale)
         if right > left and bottom > top:
-            return Box(left, top, right - left, bottom - top, found=True, score=detection.score)
-    left, top, right, bottom = _fallback_edges(config.fallback, height, width)
-    return Box(left, top, right - left, bottom - top, found=False, score=0.0)
+            self._best = Box(left, top, right - left, bottom - top, found=True, score=detection.score)
+            self._area = area
+
+    def box(self) -> Box:
+        """The box for the frames seen so far, as :func:`face_box` returns it."""
+        if self._shape is None:
+            raise UserError("the clip has no frames to look for a face in; restore its files or remove it")
+        if self._best is not None:
+            return self._best
+        left, top, right, bottom = _fallback_edges(self._config.fallback, *self._shape)
+        return Box(left, top, right - left, bottom - top, found=False, score=0.0)
 
 
 def crop_clip(frames: Iterable[np.ndarray], box: Box, size: int) -> np.ndarray:

@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 from PIL import Image
 from skimage.data import astronaut
 
-from mer_jax.clips.crops import Box, CropConfig, crop_clip, face_box
+from mer_jax.clips.crops import Box, CropConfig, FaceSearch, crop_clip, face_box
 from mer_jax.clips.faces import Detection, FaceDetector
 from mer_jax.errors import UserError
 
@@ -25,7 +25,7 @@ class FixedDetector:
 
 def box_of(relative_box, height, width, **config):
     detector = FixedDetector(None if relative_box is None else Detection(relative_box, 0.75))
-    return face_box(np.zeros((height, width, 3), np.uint8), CropConfig(**config), detector)
+    return face_box([np.zeros((height, width, 3), np.uint8)], CropConfig(**config), detector)
 
 
 def edges(box):
@@ -132,7 +132,7 @@ def test_released_fallback_outside_the_image():
 def test_what_the_detector_is_shown(rng, bgr):
     view = rng.integers(0, 256, (6, 5, 3), dtype=np.uint8)
     detector = FixedDetector(None)
-    face_box(view, CropConfig(bgr=bgr), detector)
+    face_box([view], CropConfig(bgr=bgr), detector)
     (shown,) = detector.shown
     np.testing.assert_array_equal(shown, cv2.cvtColor(view, cv2.COLOR_RGB2BGR) if bgr else view)
 
@@ -141,10 +141,10 @@ def test_box_of_a_real_face():
     """The photograph's face is where a human sees it, and is missing where there is none."""
     picture = astronaut()
     with FaceDetector() as detector:
-        square = face_box(picture, CropConfig(), detector)
-        released = face_box(picture, CropConfig(square=False), detector)
-        bgr = face_box(picture, CropConfig(bgr=True), detector)
-        none = face_box(np.zeros_like(picture), CropConfig(), detector)
+        square = face_box([picture], CropConfig(), detector)
+        released = face_box([picture], CropConfig(square=False), detector)
+        bgr = face_box([picture], CropConfig(bgr=True), detector)
+        none = face_box([np.zeros_like(picture)], CropConfig(), detector)
     # The detector's box is (173.7, 67.8) and 103.9 each way.
     assert edges(square) == (148, 42, 304, 198)
     # Ints 173, 67, 103, 103; centre 224, 118; 154 each way.
@@ -153,6 +153,63 @@ def test_box_of_a_real_face():
     assert square.score == pytest.approx(0.912, abs=2e-3)
     assert bgr.score != square.score
     assert none == Box(0, 0, 512, 512, found=False, score=0.0)
+
+
+class ScriptedDetector:
+    """Sees a given face, or none, in each image in turn."""
+
+    def __init__(self, *detections):
+        self.detections = iter(detections)
+
+    def detect(self, image):
+        return next(self.detections)
+
+
+def views(count, height=100, width=200):
+    return (np.zeros((height, width, 3), np.uint8) for _ in range(count))
+
+
+SMALL, LARGE = Detection((0.1, 0.3, 0.2, 0.3), 0.9), Detection((0.2, 0.3, 0.2, 0.4), 0.7)
+
+
+def test_the_largest_face_of_all_frames_is_kept():
+    # 40 .. 80 by 30 .. 70 in 200 x 100: side 1.5 * 40 = 60 about (60, 50). The wide one is longer (a side of 90
+    # after it has grown) but smaller: 60 x 20 against 40 x 40.
+    wide = Detection((0.1, 0.3, 0.3, 0.2), 0.95)
+    config = CropConfig(rule="largest")
+    box = face_box(views(5), config, ScriptedDetector(SMALL, None, LARGE, wide, None))
+    assert (edges(box), box.found, box.score) == ((30, 20, 90, 80), True, 0.7)
+    # Of two faces of one size the earlier, and a face outside the frame is none.
+    outside, later = Detection((1.5, 0.1, 0.9, 0.9), 0.99), Detection((0.4, 0.3, 0.2, 0.4), 0.8)
+    assert face_box(views(3), config, ScriptedDetector(outside, LARGE, later)) == box
+    assert face_box(views(1), config, ScriptedDetector(SMALL)) == face_box(views(1), CropConfig(), FixedDetector(SMALL))
+
+
+def test_no_face_in_any_frame_is_the_fallback():
+    box = face_box(views(2), CropConfig(rule="largest"), ScriptedDetector(None, Detection((1.2, 0.1, 0.3, 0.3), 0.9)))
+    assert box == Box(50, 0, 100, 100, found=False, score=0.0)
+
+
+def test_the_first_frame_alone_is_asked_for():
+    frames = views(3)
+    assert face_box(frames, CropConfig(), ScriptedDetector(SMALL)).score == SMALL.score
+    assert len(list(frames)) == 2
+    search = FaceSearch(CropConfig(), ScriptedDetector(SMALL))
+    for view in views(3):
+        search.look(view)
+    assert search.box().score == SMALL.score
+
+
+@pytest.mark.parametrize("rule", ["first", "largest"])
+def test_no_frames_to_search(rule):
+    with pytest.raises(UserError, match="no frames to look for a face in"):
+        face_box([], CropConfig(rule=rule), FixedDetector(None))
+
+
+def test_settings_of_the_first_rule_are_those_of_older_data_sets():
+    older = {"scale": 1.5, "square": True, "size": 1024, "min_confidence": 0.005, "fallback": "centre", "bgr": False}
+    assert CropConfig().settings() == older
+    assert CropConfig(rule="largest").settings() == older | {"rule": "largest"}
 
 
 @pytest.mark.parametrize("size", [17, 64, 300])
@@ -213,6 +270,7 @@ def test_one_frame_is_a_legal_crop():
     ("field", "value"),
     [
         ("fallback", "center"),
+        ("rule", "biggest"),
         ("scale", 0.0),
         ("scale", float("inf")),
         ("scale", float("nan")),

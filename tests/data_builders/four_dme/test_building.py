@@ -73,7 +73,7 @@ def test_records_hold_everything_in_order(build, challenge):
     clip = next(clip for clip in read_challenge(challenge, columns=COLUMNS) if clip.name == "seq_7")
     frames = [split_views(read_frame(path))["r"] for path in clip.frames]
     with FaceDetector(CROP.min_confidence) as detector:
-        box = face_box(frames[0], CROP, detector)
+        box = face_box(frames, CROP, detector)
     record = records["train"][3]
     assert record["box"].tolist() == [box.left, box.top, box.width, box.height]
     assert record["face_found"] and box.found
