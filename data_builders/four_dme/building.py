@@ -1,13 +1,10 @@
 """Builds the data set: clips, then features (resumable), then TFDS records, moved into place when whole."""
 
-import contextlib
 import functools
 import hashlib
-import io
 import json
 import os
 import re
-import shutil
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -25,6 +22,7 @@ from data_builders.four_dme.preparation import (
     sample_name,
     views_of,
 )
+from data_builders.tfds_files import is_whole, read_metadata, write_dataset
 from mer_jax.clips.crops import CropConfig
 from mer_jax.clips.demo import VERSION as DEMO_VERSION
 from mer_jax.clips.demo import make_demo_clips
@@ -32,7 +30,7 @@ from mer_jax.clips.layouts import LABELS, Clip, read_challenge, read_release
 from mer_jax.errors import UserError
 from mer_jax.extractors.base import EMBEDDED, EXTRACTORS, get_extractor
 from mer_jax.extractors.feature_files import read_sample_features
-from mer_jax.files import atomic_write_text, exclusive
+from mer_jax.files import exclusive
 
 CONFIGS = ("demo", "challenge", "release")
 VERSION = "1.0.0"
@@ -158,7 +156,7 @@ def _is_built(target: Path, options: _Options, crop: CropConfig) -> bool:
     Raises:
         UserError: Something else is there.
     """
-    built = _read_facts(target)
+    built = read_metadata(target, ("settings", "extractors", "content"))
     if built is None:
         return False
     # Clips are only read for a comparison where the caller says where they are.
@@ -169,7 +167,7 @@ def _is_built(target: Path, options: _Options, crop: CropConfig) -> bool:
             f"{target}: built with other settings ({'; '.join(differences)}); remove this folder to build it "
             "again, or give another --data_dir"
         )
-    if _is_whole(target):
+    if is_whole(target):
         return True
     same_extractors = set(built["extractors"]) == {*options.extractors, *options.features}
     if not same_extractors or built["settings"] != _settings(options, crop):
@@ -260,31 +258,6 @@ def _check(options: _Options) -> None:
             raise UserError(f"--features {name}=...: call it by small letters, digits and _ only")
         if name in EXTRACTORS:
             raise UserError(f"--features {name}=...: {name} is an extractor of this library; choose another name")
-
-
-def _read_facts(target: Path) -> dict[str, Any] | None:
-    """What a built data set says about itself; None if there is none."""
-    if not target.exists():
-        return None
-    try:
-        facts = json.loads((target / "metadata.json").read_text())
-        return {key: facts[key] for key in ("settings", "extractors", "content")}
-    except (OSError, ValueError, KeyError) as error:
-        raise UserError(
-            f"{target}: not a data set of this library, or damaged; remove this folder or give another --data_dir"
-        ) from error
-
-
-def _is_whole(target: Path) -> bool:
-    """Whether all files of records are there."""
-    try:
-        splits = json.loads((target / "dataset_info.json").read_text())["splits"]
-    except (OSError, ValueError, KeyError):
-        return False
-    return all(
-        len(list(target.glob(f"four_dme-{split['name']}.array_record-*"))) == len(split["shardLengths"])
-        for split in splits
-    )
 
 
 def _differences(built: Mapping[str, Any], options: _Options, clips: Sequence[Clip] | None) -> list[str]:
@@ -502,29 +475,10 @@ def _say_waiting(work: Path) -> None:
 
 
 def _write(config: str, records, dims: Mapping[str, int], facts: Mapping[str, Any], work: Path, target: Path) -> None:
-    """Writes the TFDS files beside their place and moves them there when all are whole."""
-    staging = work / "staging"
-    try:
-        shutil.rmtree(staging, ignore_errors=True)
-        # TFDS announces itself on stdout and draws its own bars.
-        with contextlib.redirect_stdout(io.StringIO()):
-            import tensorflow_datasets as tfds
+    def make_builder(folder: Path):
+        from data_builders.four_dme.four_dme_dataset_builder import Builder
 
-            from data_builders.four_dme.four_dme_dataset_builder import Builder
+        return Builder(records=records, dims=dims, facts=facts, config=config, data_dir=folder)
 
-            tfds.disable_progress_bar()
-            builder = Builder(records=records, dims=dims, facts=facts, config=config, data_dir=staging)
-            builder.download_and_prepare(file_format="array_record")
-        finished = Path(builder.data_dir)
-        atomic_write_text(finished / "data_card.md", data_card.render(config, facts))
-        target.parent.mkdir(parents=True, exist_ok=True)
-        if target.exists():
-            # Only ever an incomplete copy of the same data.
-            target.rename(staging / "replaced")
-        finished.rename(target)
-        shutil.rmtree(staging, ignore_errors=True)
-    except OSError as error:
-        raise UserError(
-            f"{target}: cannot be written ({error.strerror or error}); free space or give another "
-            "--data_dir, then run the same command again (finished clips are kept)"
-        ) from error
+    card = data_card.render(config, facts)
+    write_dataset(make_builder, target, staging=work / "staging", pages={"data_card.md": card})

@@ -9,7 +9,7 @@ import pytest
 import tensorflow_datasets as tfds
 from PIL import Image
 
-from data_builders import four_dme
+from data_builders import four_dme, tfds_files
 from data_builders.four_dme import building, preparation
 from mer_jax.clips.crops import CropConfig, crop_clip, face_box
 from mer_jax.clips.faces import FaceDetector
@@ -289,7 +289,7 @@ def test_a_full_disk_leaves_nothing_half_done(build, prepared, monkeypatch):
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr(building.data_card, "render", full)
+        patch.setattr(tfds_files, "atomic_write_text", full)
         with pytest.raises(UserError, match=r"cannot be written \(No space left on device\); free space"):
             build()
     assert len(prepared) == 4
