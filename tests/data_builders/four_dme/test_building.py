@@ -10,7 +10,7 @@ import tensorflow_datasets as tfds
 from PIL import Image
 
 from data_builders import four_dme, tfds_files
-from data_builders.four_dme import building, preparation
+from data_builders.four_dme import preparation
 from mer_jax.clips.crops import CropConfig, crop_clip, face_box
 from mer_jax.clips.faces import FaceDetector
 from mer_jax.clips.frames import read_frame
