@@ -1,10 +1,12 @@
 """Config to model: the one place that knows which models there are, and how the engine sees them."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 from mer_jax.errors import UserError
 from mer_jax.models.fusion import DROPOUT_KINDS, FUSIONS, FusionClassifier
+from mer_jax.models.micro_attnet import MicroAttNet
+from mer_jax.models.ststnet import STSTNet
 
 
 class Learner(NamedTuple):
@@ -18,19 +20,24 @@ class Learner(NamedTuple):
             ``dropout_key`` is a key (both None unless ``train``); ``collections`` are the further collections after
             the call; ``extras`` may hold ``attention`` (encoder to ``(B, Q, T)``) and ``gate`` ``(G,)``.
         gate_names: What the gate weighs, in its order; empty for a model without one.
+        stream_names: What attention over streams weighs, in its order; empty for a model without it.
+        one_by_one: Whether a CPU trains a block's members one after another (a thread each on its own core) rather
+            than all in one vectorised program: faster where a member alone fills the cache, as with convolutions.
     """
 
     init: Callable
     apply: Callable
     gate_names: tuple[str, ...] = ()
+    stream_names: tuple[str, ...] = ()
+    one_by_one: bool = False
 
 
-def build_learner(config: Mapping, modalities: tuple[str, ...], num_classes: int) -> Learner:
+def build_learner(config: Mapping, channels: Sequence[str], num_classes: int) -> Learner:
     """Makes the model of a config.
 
     Args:
         config: ``config.model``; ``config.name`` chooses the model.
-        modalities: The modalities of the data, in the order of fusion.
+        channels: What the model fuses, in order: modalities of features, or channels of flow.
         num_classes: Number of labels.
 
     Returns:
@@ -39,8 +46,90 @@ def build_learner(config: Mapping, modalities: tuple[str, ...], num_classes: int
     Raises:
         UserError: Naming the field that is off.
     """
-    if config["name"] != "fusion":
-        raise UserError(f"config.model.name={config['name']!r}: must be 'fusion'")
+    builders = {"fusion": _build_fusion, "micro_attnet": _build_micro_attnet, "ststnet": _build_ststnet}
+    if config["name"] not in builders:
+        raise UserError(f"config.model.name={config['name']!r}: must be one of {', '.join(map(repr, builders))}")
+    return builders[config["name"]](config, tuple(channels), num_classes)
+
+
+def _build_micro_attnet(config: Mapping, channels: tuple[str, ...], num_classes: int) -> Learner:
+    se_stream = config["se_stream"]
+    if se_stream and se_stream not in channels:
+        raise UserError(
+            f"config.model.se_stream={se_stream!r}: must be one of config.data.channels ({', '.join(channels)}), or ''"
+        )
+    for field in ("features", "kernels", "pools"):
+        if len(config[field]) != 2 or min(config[field]) < 1:
+            raise UserError(f"config.model.{field}={tuple(config[field])}: must be two numbers of at least 1")
+    if any(kernel % 2 == 0 for kernel in config["kernels"]):
+        raise UserError(f"config.model.kernels={tuple(config['kernels'])}: must be odd, so that maps keep their size")
+    for field in ("attention_hidden", "se_reduction", "hidden_dim"):
+        if config[field] < 1:
+            raise UserError(f"config.model.{field}={config[field]!r}: must be at least 1")
+    model = MicroAttNet(
+        num_classes=num_classes,
+        se_stream=channels.index(se_stream) if se_stream else -1,
+        attention=config["attention"],
+        features=tuple(config["features"]),
+        kernels=tuple(config["kernels"]),
+        pools=tuple(config["pools"]),
+        attention_hidden=config["attention_hidden"],
+        se_reduction=config["se_reduction"],
+        hidden_dim=config["hidden_dim"],
+    )
+
+    def init(key, inputs):
+        _check_size(inputs["flow"].shape, config["pools"][0] * config["pools"][1])
+        return model.init(key, inputs["flow"])
+
+    def apply(variables, inputs, sample_mask, train, hyper, dropout_key):
+        rates = {name: hyper[name] for name in ("dropout", "feature_dropout")} if train else {}
+        (logits, extras), collections = model.apply(
+            variables,
+            inputs["flow"],
+            sample_mask,
+            train=train,
+            rngs={"dropout": dropout_key} if train else None,
+            mutable=["batch_stats"] if train else [],
+            **rates,
+        )
+        return logits, collections, extras
+
+    return Learner(init, apply, stream_names=channels if config["attention"] else (), one_by_one=True)
+
+
+def _build_ststnet(config: Mapping, channels: tuple[str, ...], num_classes: int) -> Learner:
+    del config, channels
+    model = STSTNet(num_classes)
+
+    def init(key, inputs):
+        _check_size(inputs["flow"].shape, 4)
+        return model.init(key, inputs["flow"])
+
+    def apply(variables, inputs, sample_mask, train, hyper, dropout_key):
+        logits, collections = model.apply(
+            variables,
+            inputs["flow"],
+            sample_mask,
+            train=train,
+            rngs={"dropout": dropout_key} if train else None,
+            mutable=["batch_stats"] if train else [],
+            **({"dropout": hyper["dropout"]} if train else {}),
+        )
+        return logits, collections, {}
+
+    return Learner(init, apply, one_by_one=True)
+
+
+def _check_size(shape: tuple[int, ...], least: int) -> None:
+    if min(shape[1:3]) < least:
+        raise UserError(
+            f"config.data.size: flow of {shape[2]} x {shape[1]} pixels is pooled away, at least {least} are needed; "
+            "set a larger size or smaller config.model.pools"
+        )
+
+
+def _build_fusion(config: Mapping, modalities: tuple[str, ...], num_classes: int) -> Learner:
     for field, allowed in (("fusion", FUSIONS), ("feature_dropout_kind", DROPOUT_KINDS)):
         if config[field] not in allowed:
             raise UserError(f"config.model.{field}={config[field]!r}: must be one of {', '.join(map(repr, allowed))}")

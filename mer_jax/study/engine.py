@@ -1,4 +1,4 @@
-"""The compiled training program: a block of members under vmap, many steps a call by scan.
+"""The compiled training program: a block of members, many steps a call by scan.
 
 A member never meets another: there is no collective anywhere, and a block of members runs on one device from its
 first step to its last. Several devices work on several blocks with the very same program, which is what makes a
@@ -15,7 +15,12 @@ import numpy as np
 import optax
 from flax import struct
 
-from mer_jax.models.losses import balanced_positive_weight, binary_focal_loss
+from mer_jax.models.losses import (
+    balanced_class_weight,
+    balanced_positive_weight,
+    binary_focal_loss,
+    softmax_focal_loss,
+)
 from mer_jax.models.registry import Learner
 from mer_jax.study.members import stream
 
@@ -26,17 +31,23 @@ class Recipe(NamedTuple):
     Attributes:
         epochs: Number of passes over a member's training samples.
         batch_size: Samples a step, B.
-        warmup_fraction: Share of all steps over which the learning rate rises linearly from 0; then it falls as a
-            half cosine to 0.
-        focal_gamma: Exponent of the focal loss; 0 is binary cross-entropy.
-        balanced: Whether positives weigh negatives over positives of the member's training samples.
+        optimiser: ``'adamw'``, or ``'adam'`` (whose weight decay is an L2 term in the gradient, as in PyTorch).
+        schedule: ``'cosine'``: a half cosine to 0 after the warm-up; ``'constant'``.
+        warmup_fraction: Share of all steps over which the learning rate rises linearly from 0.
+        exclusive: Whether a sample has exactly one class (softmax) or any number of labels (sigmoids).
+        focal_gamma: Exponent of the focal loss; 0 is cross-entropy.
+        balanced: Whether classes weigh by the member's training samples: inversely to their frequency or, where labels
+            are not exclusive, positives by negatives over positives.
         patience: Epochs without a better inner loss after which a member stops, and the best epoch is kept; 0 keeps
             the last epoch.
     """
 
     epochs: int
     batch_size: int
+    optimiser: str
+    schedule: str
     warmup_fraction: float
+    exclusive: bool
     focal_gamma: float
     balanced: bool
     patience: int
@@ -120,16 +131,35 @@ class Watch(NamedTuple):
     probabilities: jax.Array
 
 
-def _optimiser(hyper: Mapping[str, jax.Array], rate: jax.Array | float) -> optax.GradientTransformation:
+OPTIMISERS = ("adamw", "adam")
+SCHEDULES = ("cosine", "constant")
+
+
+def _optimiser(recipe: Recipe, hyper: Mapping[str, jax.Array], rate: jax.Array | float) -> optax.GradientTransformation:
     # Built inside the traced function from traced scalars: members with different values share one program.
+    if recipe.optimiser == "adam":
+        return optax.chain(optax.add_decayed_weights(hyper["weight_decay"]), optax.adam(rate))
     return optax.adamw(learning_rate=rate, weight_decay=hyper["weight_decay"])
 
 
+def sample_losses(recipe: Recipe, logits: jax.Array, labels: jax.Array, weight: jax.Array | None) -> jax.Array:
+    """The loss of every sample: ``(B, C)`` logits and labels to ``(B,)``, a mean over labels or the class's own."""
+    if recipe.exclusive:
+        return softmax_focal_loss(logits, labels, gamma=recipe.focal_gamma, class_weight=weight)
+    losses = binary_focal_loss(logits, labels, gamma=recipe.focal_gamma, positive_weight=weight)
+    return losses.mean(axis=-1)
+
+
+def class_probabilities(recipe: Recipe, logits: jax.Array) -> jax.Array:
+    """``(..., C)`` logits to probabilities: a softmax, or a sigmoid for each label."""
+    return jax.nn.softmax(logits) if recipe.exclusive else jax.nn.sigmoid(logits)
+
+
 def learning_rate(recipe: Recipe, peak: jax.Array, step: jax.Array, total_steps: jax.Array) -> jax.Array:
-    """Linear warm-up, then half a cosine to 0.
+    """Linear warm-up, then half a cosine to 0 or no change.
 
     Args:
-        recipe: Gives ``warmup_fraction``.
+        recipe: Gives ``warmup_fraction`` and ``schedule``.
         peak: Highest learning rate.
         step: Updates made so far, from 0.
         total_steps: Updates of the whole run.
@@ -140,7 +170,7 @@ def learning_rate(recipe: Recipe, peak: jax.Array, step: jax.Array, total_steps:
     warmup = jnp.ceil(recipe.warmup_fraction * total_steps)
     rising = (step + 1.0) / jnp.maximum(warmup, 1.0)
     progress = (step - warmup) / jnp.maximum(total_steps - warmup, 1.0)
-    falling = 0.5 * (1.0 + jnp.cos(jnp.pi * jnp.clip(progress, 0.0, 1.0)))
+    falling = 0.5 * (1.0 + jnp.cos(jnp.pi * jnp.clip(progress, 0.0, 1.0))) if recipe.schedule == "cosine" else 1.0
     return peak * jnp.where(step < warmup, rising, falling)
 
 
@@ -149,12 +179,12 @@ def take_samples(arrays: Arrays, fold: jax.Array, index: jax.Array) -> Mapping:
     return jax.tree.map(lambda x: x[fold if x.shape[0] > 1 else 0, index], arrays.inputs)
 
 
-def init_member(learner: Learner, arrays: Arrays, member: MemberInputs) -> MemberState:
+def init_member(learner: Learner, recipe: Recipe, arrays: Arrays, member: MemberInputs) -> MemberState:
     """A member before its first step. Written for one member; vmap it."""
     variables = learner.init(stream(member.key, "init"), take_samples(arrays, member.fold, jnp.zeros(1, jnp.int32)))
     return MemberState(
         variables=variables,
-        opt_state=_optimiser(member.hyper, 0.0).init(variables["params"]),
+        opt_state=_optimiser(recipe, member.hyper, 0.0).init(variables["params"]),
         step=jnp.int32(0),
         stopped=jnp.bool_(False),
         diverged_at=jnp.int32(-1),
@@ -203,6 +233,7 @@ def train_epoch(
     learner: Learner,
     recipe: Recipe,
     num_steps: int,
+    last_batch: int,
     arrays: Arrays,
     member: MemberInputs,
     state: MemberState,
@@ -215,6 +246,7 @@ def train_epoch(
         recipe: The recipe.
         num_steps: Steps a pass, enough for the study's largest training fold; steps beyond a member's own samples
             change nothing.
+        last_batch: Size of the last of these steps where it need not be a full batch; 0 for a full one.
         arrays: The data.
         member: The member.
         state: Its state.
@@ -232,12 +264,13 @@ def train_epoch(
     draw = jax.random.uniform(jax.random.fold_in(stream(member.key, "order"), epoch), member.train_mask.shape)
     order = jnp.argsort(jnp.where(member.train_mask, draw, 2.0))
     order = jnp.pad(order, (0, max(0, num_steps * recipe.batch_size - order.shape[0])))
-    weight = balanced_positive_weight(arrays.labels, member.train_mask) if recipe.balanced else None
+    balance = balanced_class_weight if recipe.exclusive else balanced_positive_weight
+    weight = balance(arrays.labels, member.train_mask) if recipe.balanced else None
 
-    def step(state: MemberState, number):
+    def step(state: MemberState, number, size):
         offset = number * recipe.batch_size
-        index = jax.lax.dynamic_slice(order, (offset,), (recipe.batch_size,))
-        sample_mask = offset + jnp.arange(recipe.batch_size) < train_size
+        index = jax.lax.dynamic_slice(order, (offset,), (size,))
+        sample_mask = offset + jnp.arange(size) < train_size
         inputs, labels = take_samples(arrays, member.fold, index), arrays.labels[index]
         dropout_key = jax.random.fold_in(stream(member.key, "dropout"), state.step)
 
@@ -245,14 +278,14 @@ def train_epoch(
             logits, collections, _ = learner.apply(
                 {**state.variables, "params": params}, inputs, sample_mask, True, member.hyper, dropout_key
             )
-            losses = binary_focal_loss(logits, labels, gamma=recipe.focal_gamma, positive_weight=weight)
-            loss = jnp.sum(losses.mean(axis=-1) * sample_mask) / jnp.maximum(jnp.sum(sample_mask), 1)
+            losses = sample_losses(recipe, logits, labels, weight)
+            loss = jnp.sum(losses * sample_mask) / jnp.maximum(jnp.sum(sample_mask), 1)
             return loss, collections
 
         params = state.variables["params"]
         (loss, collections), gradients = jax.value_and_grad(loss_fn, has_aux=True)(params)
         rate = learning_rate(recipe, member.hyper["learning_rate"], state.step, total_steps)
-        updates, opt_state = _optimiser(member.hyper, rate).update(gradients, state.opt_state, params)
+        updates, opt_state = _optimiser(recipe, member.hyper, rate).update(gradients, state.opt_state, params)
         active = running & jnp.any(sample_mask) & (state.diverged_at < 0)
         finite = jnp.isfinite(loss) & jnp.isfinite(optax.tree.norm(gradients))
         update = active & finite
@@ -269,12 +302,16 @@ def train_epoch(
         count = jnp.where(active, jnp.sum(sample_mask), 0)
         return state, (jnp.where(active, loss, 0.0) * count, count)
 
-    state, (loss_sums, counts) = jax.lax.scan(step, state, jnp.arange(num_steps))
+    full_steps = num_steps - 1 if last_batch else num_steps
+    state, (loss_sums, counts) = jax.lax.scan(
+        functools.partial(step, size=recipe.batch_size), state, jnp.arange(full_steps)
+    )
+    if last_batch:
+        state, (loss_sum, count) = step(state, jnp.int32(full_steps), last_batch)
+        loss_sums, counts = jnp.append(loss_sums, loss_sum), jnp.append(counts, count)
 
     logits, _ = predict_samples(learner, state.variables, arrays, member.fold, member.watched, recipe.batch_size)
-    losses = binary_focal_loss(
-        logits, arrays.labels[member.watched], gamma=recipe.focal_gamma, positive_weight=weight
-    ).mean(axis=-1)
+    losses = sample_losses(recipe, logits, arrays.labels[member.watched], weight)
     inner_loss = _masked_mean(losses, member.watched_inner)
     if recipe.patience:
         # A finite training loss may hide an overflow that only the evaluation meets; no epoch could be chosen then.
@@ -296,14 +333,14 @@ def train_epoch(
         train_loss=jnp.sum(loss_sums) / jnp.sum(counts),
         inner_loss=inner_loss,
         heldout_loss=_masked_mean(losses, member.watched_heldout),
-        probabilities=jax.nn.sigmoid(logits),
+        probabilities=class_probabilities(recipe, logits),
     )
     # How long the neighbours go on must not show in a member's curves.
     return state, jax.tree.map(lambda x: jnp.where(running, x, jnp.nan), watch)
 
 
 def finish_member(
-    learner: Learner, batch_size: int, arrays: Arrays, member: MemberInputs, state: MemberState
+    learner: Learner, recipe: Recipe, arrays: Arrays, member: MemberInputs, state: MemberState
 ) -> dict[str, jax.Array]:
     """Predictions of a member's selected epoch; vmap it.
 
@@ -312,7 +349,7 @@ def finish_member(
         of the watched samples, averaged over queries; ``gate`` ``(G,)`` for models that have one.
     """
     everything = jnp.arange(arrays.labels.shape[0], dtype=jnp.int32)
-    logits, attention = predict_samples(learner, state.best_variables, arrays, member.fold, everything, batch_size)
+    logits, attention = predict_samples(learner, state.best_variables, arrays, member.fold, everything, recipe.batch_size)
     _, _, extras = learner.apply(
         state.best_variables,
         take_samples(arrays, member.fold, everything[:1]),
@@ -321,7 +358,7 @@ def finish_member(
         None,
         None,
     )
-    probabilities = jnp.where(state.diverged_at < 0, jax.nn.sigmoid(logits), jnp.nan)
+    probabilities = jnp.where(state.diverged_at < 0, class_probabilities(recipe, logits), jnp.nan)
     watched = {f"attention_{name}": values[member.watched] for name, values in attention.items()}  # (N, T) -> (V, T)
     return {"probabilities": probabilities} | watched | ({"gate": extras["gate"]} if "gate" in extras else {})
 
@@ -340,26 +377,41 @@ class Programs(NamedTuple):
     finish: Callable
 
 
-def make_programs(learner: Learner, recipe: Recipe, num_steps: int) -> Programs:
-    """Jitted vmaps of the functions above. One trace and one program each, whatever the number of members.
+def make_programs(
+    learner: Learner, recipe: Recipe, num_steps: int, last_batch: int = 0, one_by_one: bool = False
+) -> Programs:
+    """Jitted functions of a block of members. One trace and one program each, whatever the number of members.
 
     Args:
         learner: The model.
         recipe: The recipe.
         num_steps: Steps an epoch of the study's largest training fold.
+        last_batch: As in :func:`train_epoch`.
+        one_by_one: Whether a block's members take turns instead of being vectorised.
 
     Returns:
         The programs.
     """
 
     def many_epochs(arrays, member, state, epochs):
-        body = functools.partial(train_epoch, learner, recipe, num_steps, arrays, member)
+        body = functools.partial(train_epoch, learner, recipe, num_steps, last_batch, arrays, member)
         return jax.lax.scan(body, state, epochs)
 
+    def over_members(function):
+        if not one_by_one:
+            return jax.vmap(function, in_axes=(0, 0))
+        return lambda members, states: jax.lax.map(lambda pair: function(*pair), (members, states))
+
+    def epochs(arrays, members, states, numbers):
+        return over_members(lambda member, state: many_epochs(arrays, member, state, numbers))(members, states)
+
+    def finish(arrays, members, states):
+        return over_members(functools.partial(finish_member, learner, recipe, arrays))(members, states)
+
     return Programs(
-        init=jax.jit(jax.vmap(functools.partial(init_member, learner), in_axes=(None, 0))),
-        epochs=jax.jit(jax.vmap(many_epochs, in_axes=(None, 0, 0, None)), donate_argnums=2),
-        finish=jax.jit(jax.vmap(functools.partial(finish_member, learner, recipe.batch_size), in_axes=(None, 0, 0))),
+        init=jax.jit(jax.vmap(functools.partial(init_member, learner, recipe), in_axes=(None, 0))),
+        epochs=jax.jit(epochs, donate_argnums=2),
+        finish=jax.jit(finish),
     )
 
 
