@@ -19,9 +19,13 @@ def main() -> None:
     # Flags that are not given stay out of the namespace, so that what is left are the overrides.
     settings = argparse.ArgumentParser(add_help=False, argument_default=argparse.SUPPRESS)
     group = settings.add_argument_group("evaluation settings (default: those of the run's config.json)")
+    group.add_argument("--phases", help="how a view's phases are combined: mean, max or onset_apex")
     group.add_argument("--views", help="how a clip's views are combined: mean, max or or")
-    group.add_argument("--thresholds", help="fixed, or tuned on inner splits: global or per_class")
-    group.add_argument("--fixed-threshold", type=numbers, help="a number, or five separated by commas")
+    group.add_argument(
+        "--thresholds",
+        help="fixed, or tuned on inner splits: global or per_class; argmax, the only one where a clip has one class",
+    )
+    group.add_argument("--fixed-threshold", type=numbers, help="a number, or one a label separated by commas")
     group.add_argument(
         "--negative-excludes-positive",
         action=argparse.BooleanOptionalAction,

@@ -121,6 +121,11 @@ def multilabel_uar(counts: Counts, absent: str = "zero") -> np.ndarray:
     return mean_over_classes(recall(counts, absent))
 
 
+def accuracy(counts: Counts) -> np.ndarray:
+    """Share of clips whose class is predicted, ``(...)``, from one-hot truth and decisions; NaN without clips."""
+    return _ratio(counts.tp.sum(axis=-1), (counts.tp + counts.fn).sum(axis=-1), "skip")
+
+
 def balanced_accuracy(counts: Counts, absent: str = "zero") -> np.ndarray:
     """Mean over labels of the mean recall of "present" and "absent", ``(...)``; 0.5 for a constant answer."""
     swapped = Counts(tp=counts.tn, fp=counts.fn, fn=counts.fp, tn=counts.tp)

@@ -12,14 +12,22 @@ from mer_jax.evaluation.thresholds import apply_thresholds
 from mer_jax.files import atomic_write_text
 
 RELEASED_THRESHOLDS = (0.60, 0.08, 0.08, 0.53, 0.33)
-NEGATIVE = LABELS.index("Negative")
-POSITIVE = LABELS.index("Positive")
+NEGATIVE, POSITIVE = "Negative", "Positive"
 
 
-def exclude_positive(prediction: np.ndarray) -> np.ndarray:
-    """Sets Positive to 0 wherever Negative is 1; ``(..., 5)`` in, a new array like it out."""
+def exclude_positive(prediction: np.ndarray, labels: Sequence[str] = LABELS) -> np.ndarray:
+    """Sets Positive to 0 wherever Negative is 1.
+
+    Args:
+        prediction: ``(..., L)`` 0/1.
+        labels: L names, Negative and Positive among them.
+
+    Returns:
+        A new array like ``prediction``.
+    """
     prediction = np.array(prediction)
-    prediction[..., POSITIVE] = np.where(prediction[..., NEGATIVE] > 0, 0, prediction[..., POSITIVE])
+    negative, positive = (list(labels).index(name) for name in (NEGATIVE, POSITIVE))
+    prediction[..., positive] = np.where(prediction[..., negative] > 0, 0, prediction[..., positive])
     return prediction
 
 

@@ -14,7 +14,9 @@ import numpy as np
 from mer_jax.evaluation.metrics import Counts, binary_f1, confusion_counts, macro_f1
 
 TUNED_MODES = ("global", "per_class")
-THRESHOLD_MODES = ("fixed", *TUNED_MODES)
+ARGMAX = "argmax"
+"""Of several classes the likeliest is present, and no threshold decides."""
+THRESHOLD_MODES = ("fixed", *TUNED_MODES, ARGMAX)
 UNTUNED = 0.5
 
 
@@ -30,6 +32,20 @@ def apply_thresholds(probabilities: np.ndarray, thresholds: float | Sequence[flo
     """
     probabilities = np.asarray(probabilities)
     return probabilities >= np.asarray(thresholds, probabilities.dtype)
+
+
+def likeliest(probabilities: np.ndarray) -> np.ndarray:
+    """The one-hot decision for the class of highest probability, the first of equals.
+
+    Args:
+        probabilities: ``(..., C)``.
+
+    Returns:
+        ``(..., C)`` bool, one True a row; none where a probability is NaN.
+    """
+    probabilities = np.asarray(probabilities)
+    chosen = np.argmax(probabilities, axis=-1)[..., None] == np.arange(probabilities.shape[-1])
+    return chosen & ~np.isnan(probabilities).any(axis=-1, keepdims=True)
 
 
 def tune_thresholds(

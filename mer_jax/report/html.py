@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from mer_jax.errors import UserError
-from mer_jax.evaluation.views import combine_views
+from mer_jax.evaluation.thresholds import UNTUNED
 from mer_jax.files import atomic_write_text
 from mer_jax.report import plots
 from mer_jax.report.plots import format_number
@@ -22,13 +22,19 @@ from mer_jax.report.tables import (
     format_signed,
     leaky_block,
     leaky_choices,
+    multi_class,
+    score_name,
     score_rows,
 )
-from mer_jax.study.held_out import decide
-from mer_jax.study.results import TEST, UNKNOWN_LABEL, StudyResults
+from mer_jax.study.held_out import clip_probabilities, decide
+from mer_jax.study.results import TEST, UNKNOWN_LABEL, StudyResults, is_stream
 from mer_jax.study.summary import SCHEMA
 
 FILENAME = "report.html"
+# With more folds than these, what there is of each is in tables to open.
+_MANY_FOLDS = 20
+# Where MicroAttNet's authors look for one threshold (their section 4.4).
+_SWEPT = (0.10, 0.30)
 
 
 def write_report(workdir: str | os.PathLike) -> Path:
@@ -114,6 +120,8 @@ class _Page:
         self.name, self.results, self.summary = name, results, summary
         self.config, self.overrides, self.versions, self.no_face = config, overrides, versions, no_face
         self.labels: list[str] = summary["labels"]
+        self.multi_class, self.score = multi_class(summary), score_name(summary)
+        self.leaky = leaky_block(summary)
         self.level = f"{100 * summary['evaluation']['confidence']:g} %"
         self.used = self._members_used()
 
@@ -135,15 +143,17 @@ class _Page:
         """The whole page."""
         sections: list[tuple[str, str, Callable[[], str]]] = [
             ("scores", "Scores", self.scores),
+            ("databases", "Scores per database", self.databases),
             ("seeds", "Scores over seeds", self.seeds),
             ("classes", "Classes", self.classes),
-            ("confusion", "Confusion per label", self.confusion),
+            ("confusion", "Confusion of classes" if self.multi_class else "Confusion per label", self.confusion),
             ("leaks", "What leaking would claim", self.leaks),
             ("thresholds", "Thresholds", self.thresholds),
             ("curves", "Learning curves", self.curves),
             ("variance", "Where the variance comes from", self.variance),
             ("width", "Seeds needed", self.width),
             ("gate", "Gate weights", self.gate),
+            ("streams", "Attention over streams", self.streams),
             ("attention", "Frame attention", self.attention),
             ("settings", "Hyper-parameters tried", self.settings),
             ("predictions", "Predictions per clip", self.predictions),
@@ -173,12 +183,19 @@ class _Page:
         else:
             intervals = intervals.replace("clips and seeds", "clips, with one seed")
         answer = (
-            "On clips that its members never saw, this study reaches a macro-F1 of "
-            f"<b>{format_number(score['mean'])}</b> ({intervals}), where chance is "
-            f"{format_number(chance['mean'])} {_interval(chance['interval'])} and choosing "
-            f"{leaky_choices(self.summary)} on those very clips would have claimed "
-            f"{format_number(leaky_block(self.summary)['macro_f1']['pooled']['mean'])}."
+            f"On clips that its members never saw, this study reaches a {self.score} of "
+            f"<b>{format_number(score['mean'])}</b> ({intervals})"
         )
+        if self.multi_class:
+            uar = self.summary["honest"]["uar"]["pooled"]
+            answer += f" and a UAR of <b>{format_number(uar['mean'])}</b> {_interval(uar['clip_ci'])}"
+        answer += f", where {self.score} by chance is {format_number(chance['mean'])} {_interval(chance['interval'])}"
+        if self.leaky:
+            answer += (
+                f" and choosing {leaky_choices(self.summary)} on those very clips would have claimed "
+                f"{format_number(self.leaky['macro_f1']['pooled']['mean'])}"
+            )
+        answer += "."
         facts = {
             "clips scored": study["clips"],
             "subjects": "unknown" if study["subjects"] is None else study["subjects"],
@@ -207,39 +224,69 @@ class _Page:
 
     def scores(self) -> str:
         """The table, with the leaky column marked as such."""
-        columns = [
-            "measure",
-            "honest<br>mean ± sd over seeds",
-            f"{self.level} CI<br>over seeds",
-            f"{self.level} CI<br>over clips and seeds",
-            "threshold 0.5<br>untuned",
-            "leaky<br>not an estimate",
-        ]
+        # Name, whether the study has the column, and its cells.
+        table = {
+            "honest<br>mean ± sd over seeds": (True, lambda row: format_mean(row.mean, row.sd)),
+            f"{self.level} CI<br>over seeds": (True, lambda row: format_interval(row.seed_interval)),
+            f"{self.level} CI<br>over clips and seeds": (True, lambda row: format_interval(row.clip_interval)),
+            "threshold 0.5<br>untuned": (not self.multi_class, lambda row: format_number(row.untuned)),
+            "leaky<br>not an estimate": (self.leaky, lambda row: format_number(row.leaky)),
+        }
+        shown = {name: cell for name, (there, cell) in table.items() if there}
+        columns = ["measure", *shown]
+        leaky = (len(shown),) if self.leaky else ()
         rows, group = [], ""
         for row in score_rows(self.summary):
             if row.group != group:
                 group = row.group
-                rows.append(f'<tr class="group"><th scope="rowgroup" colspan="6">{escape(group)}</th></tr>')
-            cells = (
-                escape(row.name),
-                format_mean(row.mean, row.sd),
-                format_interval(row.seed_interval),
-                format_interval(row.clip_interval),
-                format_number(row.untuned),
-                format_number(row.leaky),
-            )
-            rows.append(_row(cells, leaky=(5,), css="key" if row.key else ""))
+                rows.append(
+                    f'<tr class="group"><th scope="rowgroup" colspan="{len(columns)}">{escape(group)}</th></tr>'
+                )
+            cells = (escape(row.name), *(cell(row) for cell in shown.values()))
+            rows.append(_row(cells, leaky=leaky, css="key" if row.key else ""))
         terms = "".join(
             f"<div><dt><code>{escape(name)}</code></dt><dd>{escape(text)}</dd></div>"
             for name, text in self.summary["definitions"].items()
         )
         notes = "".join(f'<p class="note">{escape(note)}</p>' for note in self.summary["notes"])
+        rule = f"Thresholds are {self._threshold_words()}."
+        if self.multi_class:
+            rule = "The likeliest class is predicted."
+        explained = f'<p class="note first"><b>Leaky:</b> {LEAKY_EXPLANATION}</p>' if self.leaky else ""
         return (
-            "<p>Each score is on clips held out from the members that predict them. Thresholds are "
-            f"{self._threshold_words()}.</p>{_table(columns, rows, leaky=(5,))}"
-            f'<p class="note first"><b>Leaky:</b> {LEAKY_EXPLANATION}</p>{notes}'
+            f"<p>Each score is on clips held out from the members that predict them. {rule}</p>"
+            f"{_table(columns, rows, leaky=leaky)}{explained}{notes}"
             "<details><summary>What each figure means, by its name in summary.json</summary>"
             f'<dl class="terms">{terms}</dl></details>'
+        )
+
+    def databases(self) -> str:
+        """Pooled scores of all clips and of each database."""
+        entries = self.summary["databases"]
+        if not entries:
+            return ""
+        columns = ["database", "clips", "subjects", *map(escape, self.labels)]
+        for name in (self.score, "UAR"):
+            columns += [f"{name}<br>mean ± sd", f"{self.level} CI<br>clips and seeds"]
+        columns += [f"{self.score}<br>seeds' mean", "UAR<br>seeds' mean"]
+        columns += [f"{self.score}<br>leaky", "UAR<br>leaky"] * bool(self.leaky)
+        leaky = (len(columns) - 2, len(columns) - 1) if self.leaky else ()
+        rows = []
+        for entry in entries:
+            people = "unknown" if entry["subjects"] is None else str(entry["subjects"])
+            cells = [escape(entry["database"]), str(entry["clips"]), people]
+            cells += [str(entry["positives"][label]) for label in self.labels]
+            for figure in ("macro_f1", "uar"):
+                score = entry["honest"][figure]
+                cells += [format_mean(score["mean"], score["sd"]), format_interval(score["clip_ci"])]
+            cells += [format_number(entry["ensemble"][figure]["value"]) for figure in ("macro_f1", "uar")]
+            if self.leaky:
+                cells += [format_number(entry["leaky"][figure]["mean"]) for figure in ("macro_f1", "uar")]
+            rows.append(_row(cells, leaky=leaky, css="" if rows else "key"))
+        return (
+            "<p>The pooled held-out decisions of all clips, then of the clips of each database alone; under the "
+            "classes, how many clips have them. A class that a database lacks counts 0. Seeds' mean: the decision of "
+            f"the probabilities averaged over seeds.</p>{_table(columns, rows, leaky=leaky)}"
         )
 
     def _threshold_words(self) -> str:
@@ -253,27 +300,47 @@ class _Page:
     def seeds(self) -> str:
         """The distribution of the score over seeds, pooled and per fold."""
         seeds = self.summary["study"]["seeds"]
-        honest, leaky = (block["macro_f1"] for block in (self.summary["honest"], leaky_block(self.summary)))
+        honest, leaky = self.summary["honest"], self.leaky
+        apart = not self.summary["study"]["single_subject_folds"] and len(self.summary["folds"]) <= _MANY_FOLDS
+        pooled = [("pooled", "macro_f1", "pooled")]
+        if self.multi_class:
+            pooled = [("UF1, pooled", "macro_f1", "pooled"), ("UAR, pooled", "uar", "pooled")]
+        pooled += [("mean of folds", "macro_f1", "fold_mean")] if apart else []
         rows = [
-            (name, _floats(honest[key]["values"]), _floats(leaky[key]["values"]), seeds)
-            for name, key in (("pooled", "pooled"), ("mean of folds", "fold_mean"))
+            (
+                name,
+                _floats(honest[figure][key]["values"]),
+                _floats(leaky[figure][key]["values"]) if leaky else [],
+                seeds,
+            )
+            for name, figure, key in pooled
         ]
-        rows += [
-            (f"fold {fold['fold']} ({fold['clips']} clips)", _floats(fold["macro_f1"]), [], fold["seeds"])
-            for fold in self.summary["folds"]
-        ]
+        for entry in self.summary["databases"][1:]:
+            values = [_floats(entry[kind]["macro_f1"]["values"]) if entry[kind] else [] for kind in ("honest", "leaky")]
+            rows.append((f"{self.score}, {entry['database']}", *values, seeds))
+        words = "One dot per seed. "
+        if apart:
+            rows += [
+                (f"fold {fold['fold']} ({fold['clips']} clips)", _floats(fold["macro_f1"]), [], fold["seeds"])
+                for fold in self.summary["folds"]
+            ]
+            words += "The upper rows put all folds of a seed together; below them, each fold on its own clips. "
+        else:
+            words += "Each row puts all folds of a seed together. "
         chance = self.summary["chance"]["macro_f1"]["pooled"]["mean"]
         one = "" if len(seeds) > 1 else "<p>There is one seed: how much a seed matters stays unknown.</p>"
+        name = "UF1 or UAR" if self.multi_class else "macro-F1"
         return one + _figure(
-            plots.score_strips(rows, score_name="macro-F1", chance=chance),
-            "One dot per seed. The two upper rows put all folds of a seed together; below them, each fold on "
-            "its own clips. The dashed line is the pooled score with permuted labels.",
+            plots.score_strips(rows, score_name=name, chance=chance),
+            f"{words}The dashed line is the pooled {self.score} with permuted labels.",
         )
 
     def classes(self) -> str:
         """Bars per class."""
 
         def f1(block, key):
+            if block is None:
+                return [None] * len(self.labels)
             return [block["per_class_f1"][label]["pooled"][key] for label in self.labels]
 
         honest = self.summary["honest"]
@@ -282,9 +349,9 @@ class _Page:
             [f"{label} ({count:.0f})" for label, count in zip(self.labels, tp + fn, strict=True)],
             _floats(f1(honest, "mean")),
             np.stack([_floats(interval) for interval in f1(honest, "clip_ci")]),
-            score_name="F1 of “present”",
+            score_name="F1 of the class against the rest" if self.multi_class else "F1 of “present”",
             untuned=_floats(f1(self.summary["untuned"], "mean")),
-            leaky=_floats(f1(leaky_block(self.summary), "mean")),
+            leaky=_floats(f1(self.leaky, "mean")),
             # Who always says "present" has the prevalence as precision, and a recall of one.
             reference=2 * (tp + fn) / (tp + fn + tp + fp + fn + tn),
         )
@@ -300,7 +367,15 @@ class _Page:
         return np.array([[cells[label][key] for label in self.labels] for key in ("tp", "fp", "fn", "tn")])
 
     def confusion(self) -> str:
-        """Counts per label."""
+        """Counts per label, or of each true class by what was predicted."""
+        if self.multi_class:
+            matrix = self.summary["honest"]["confusion_matrix"]
+            counts = np.array([[matrix[true][predicted] for predicted in self.labels] for true in self.labels])
+            return _figure(
+                plots.confusion_matrix(self.labels, counts),
+                "Held-out clips per cell, mean over seeds. Shade and percentage are the share of the row: on the "
+                "diagonal, the recall of the class.",
+            )
         return _figure(
             plots.confusions(self.labels, self._counts()),
             "Held-out clips per cell, mean over seeds; the columns are what was predicted. Shade and "
@@ -309,6 +384,11 @@ class _Page:
 
     def leaks(self) -> str:
         """The leaky protocols, one row each."""
+        missing = (
+            "" if self.summary["leaky"]["best_epoch"] else ("<p>The best epoch is not known: no curves were kept.</p>")
+        )
+        if self.leaky is None:
+            return missing
         names = {
             "best_epoch": "best epoch on the held-out fold",
             "best_epoch_untuned": "the same at threshold 0.5 (minus untuned)",
@@ -316,26 +396,45 @@ class _Page:
             "both": "epoch and thresholds",
         }
         rows = []
+        # Column, figure, average, and where its inflation is.
+        shown = [("macro-F1<br>pooled", "macro_f1", "pooled"), ("macro-F1<br>mean of folds", "macro_f1", "fold_mean")]
+        if self.multi_class:
+            shown = [("UF1<br>pooled", "macro_f1", "pooled"), ("UAR<br>pooled", "uar", "pooled")]
+            names["best_epoch"] = "epoch of the highest accuracy on the held-out fold"
         for key, words in names.items():
             if leak := self.summary["leaky"][key]:
                 cells = [words]
-                for average in ("pooled", "fold_mean"):
-                    difference = leak["inflation"][average]
-                    cells.append(format_number(leak["macro_f1"][average]["mean"]))
+                for _, figure, average in shown:
+                    inflation = leak["inflation"]["uar"] if figure == "uar" else leak["inflation"]
+                    difference = inflation[average]
+                    cells.append(format_number(leak[figure][average]["mean"]))
                     cells.append(f"{format_signed(difference['mean'])} {format_interval(difference['clip_ci'])}")
                 rows.append(_row(cells, leaky=(1, 3)))
         columns = ["chosen on the clips that are scored"]
-        for average in ("pooled", "mean of folds"):
-            columns += [f"macro-F1<br>{average}", f"minus honest<br>{self.level} CI"]
-        missing = "" if self.summary["leaky"]["both"] else "<p>The best epoch is not known: no curves were kept.</p>"
+        for name, _, _ in shown:
+            columns += [name, f"minus honest<br>{self.level} CI"]
+        best = self.summary["leaky"]["global_threshold"]
+        one = (
+            ""
+            if best is None
+            else (
+                "<p>One threshold for all classes, chosen on all held-out clips together, would be "
+                f"{format_number(best['threshold'], 2)} and claim a macro-F1 of {format_number(best['macro_f1'])}.</p>"
+            )
+        )
         return (
             "<p>The same members, judged as papers often do. What they gain by it is not skill.</p>"
-            f"{_table(columns, rows, leaky=(1, 3))}{missing}"
+            f"{_table(columns, rows, leaky=(1, 3))}{one}{missing}"
         )
 
     def thresholds(self) -> str:
         """Score over one global threshold, over one per class, and the thresholds in use."""
         curve = self.summary["threshold_curve"]
+        if curve is None:
+            return ""
+        fixed = self.summary["evaluation"]["fixed_threshold"]
+        marks = [("0.5", "ink", 0.5)]
+        marks += [(f"fixed {fixed:.2f}", "green", fixed)] if np.isscalar(fixed) and fixed != UNTUNED else []
         x = _floats(curve["threshold"])
         inner, leaky = "inner splits: the study may choose here", "held-out clips: leaky to choose here"
         curves = [(leaky, "orange", _floats(curve["heldout_leaky"]))]
@@ -357,8 +456,9 @@ class _Page:
                     curves,
                     x_name="one threshold for all classes (probability)",
                     y_name="macro-F1",
-                    marks=[("0.5", "ink", 0.5)],
+                    marks=marks,
                     label="Macro-F1 over the threshold",
+                    span=("{:.2f}–{:.2f}, where MicroAttNet's authors sweep".format(*_SWEPT), *_SWEPT),
                 ),
                 "All folds and seeds together. A study may look at the blue curve, never at the orange one.",
             )
@@ -399,7 +499,14 @@ class _Page:
             return "<p>No losses were kept.</p>"
         count = f"{used.sum()} members" if used.sum() > 1 else "one member"
         return _figure(
-            plots.learning_curves(results.curve_epoch[reached], losses, results.member_stop_epoch[used]),
+            plots.learning_curves(
+                results.curve_epoch[reached],
+                losses,
+                results.member_stop_epoch[used],
+                "training loss, mean over clips (nats)"
+                if self.multi_class
+                else "training loss, mean over labels (nats)",
+            ),
             f"Median and 5–95 % band over {count}, up to the last epoch that half of them reached. Below: "
             "the epoch whose parameters were kept, median and 5–95 %. The held-out curve chooses nothing."
             + ("" if "inner split" in losses else " There is no inner split to stop on."),
@@ -408,6 +515,12 @@ class _Page:
     def variance(self) -> str:
         """Shares of fold, seed and rest."""
         split = self.summary["variance"]
+        if self.summary["study"]["single_subject_folds"]:
+            return (
+                "<p>Each fold is one subject. The score of a single subject's few clips says mostly which classes the "
+                "subject has, so it is not split into fold, seed and rest; the intervals over seeds and over clips "
+                "tell the two parts of the pooled score.</p>"
+            )
         if split is None:
             return "<p>A split into fold, seed and rest needs at least two folds and two seeds.</p>"
         parts = []
@@ -432,7 +545,7 @@ class _Page:
             return "<p>Known only where at least two seeds differ.</p>"
         confidence = self.summary["evaluation"]["confidence"]
         return _figure(
-            plots.width_curve(sd, seeds, targets, confidence=confidence, score_name="macro-F1"),
+            plots.width_curve(sd, seeds, targets, confidence=confidence, score_name=self.score),
             f"Half-width of the {self.level} t interval of the pooled mean, on these clips. More seeds do "
             "not narrow the interval over clips.",
         )
@@ -464,7 +577,8 @@ class _Page:
     def attention(self) -> str:
         """Attention over frames per class and modality."""
         series, frames = [], 0
-        for (name, values), colour in zip(self.results.attention.items(), ("green", "purple", "grey"), strict=False):
+        frame_wise = [(name, values) for name, values in self.results.attention.items() if not is_stream(name)]
+        for (name, values), colour in zip(frame_wise, ("green", "purple", "grey"), strict=False):
             per_class = self._attention_per_class(values)
             if np.isfinite(per_class).any():
                 series.append((name, colour, np.moveaxis(plots.quantiles(per_class), 0, 1)))  # (C, 3, T)
@@ -486,13 +600,47 @@ class _Page:
             "held-out clips that have the label. Median and 5–95 % band over members.",
         )
 
-    def _attention_per_class(self, attention: np.ndarray) -> np.ndarray:
-        """Mean over held-out samples of a class: ``(M, V, T)`` -> ``(M', C, T)``, NaN where none is."""
+    def streams(self) -> str:
+        """What each stream weighs after each block, per class and phase."""
+        results = self.results
+        blocks = sorted((name, values) for name, values in results.attention.items() if is_stream(name))
+        phases = [phase for phase in np.unique(results.sample_phase).tolist() if phase]
+        panels = []
+        for name, values in blocks:
+            rows = []
+            for phase in phases or [""]:
+                per_class = self._attention_per_class(values, phase)  # (M', C, S)
+                rows += [
+                    (
+                        f"{label}, {phase.replace('_', ' → ')}" if phase else label,
+                        _mean_or_nan(np.nansum(part, axis=0), np.isfinite(part).sum(axis=0)),
+                        plots.quantiles(part)[[0, 2]],
+                    )
+                    for label, part in zip(self.labels, np.moveaxis(per_class, 1, 0), strict=True)
+                ]
+            panels.append((f"after block {name.removeprefix('streams')}", rows))
+        if not any(np.isfinite(mean).all() for _, rows in panels for _, mean, _ in rows):
+            return ""
+        return _figure(
+            plots.share_panels(results.stream_name.tolist(), panels, label="Attention over streams"),
+            "Share of each stream's weight, mean over the held-out samples of clips with the label and over members. "
+            "A pointer on a bar shows the 5–95 % range over members.",
+        )
+
+    def _attention_per_class(self, attention: np.ndarray, phase: str = "") -> np.ndarray:
+        """Mean over held-out samples of a class: ``(M, V, T)`` -> ``(M', C, T)``, NaN where none is.
+
+        Args:
+            attention: ``(M, V, T)``.
+            phase: The samples that count; ``''`` for all.
+        """
         results = self.results
         rows = results.curve_sample[self.used]  # (M', V)
         attention = attention[self.used].astype(float)  # (M', V, T)
         present = results.clip_labels[results.sample_clip[rows.clip(0)]] == 1  # (M', V, C)
         known = (rows >= 0) & np.isfinite(attention).all(axis=-1)  # (M', V)
+        if phase:
+            known &= results.sample_phase[results.curve_sample[self.used].clip(0)] == phase
         weight = (present & known[..., None]).astype(float)  # (M', V, C)
         total = np.einsum("mvc,mvt->mct", weight, np.where(known[..., None], attention, 0.0))
         return _mean_or_nan(total, weight.sum(axis=1)[..., None])
@@ -508,23 +656,41 @@ class _Page:
                 [
                     ", ".join(f"{escape(name)} {setting['hyper'][name]:g}" for name in names),
                     str(setting["members"]),
-                    ", ".join(map(format_number, setting["inner_loss"] or [])) or "–",
+                    self._inner_losses(setting["inner_loss"]),
                     format_number(setting["macro_f1"]["pooled"]),
-                    ", ".join(map(str, setting["chosen_for_folds"])) or "–",
+                    self._fold_names(setting["chosen_for_folds"]),
                 ]
             )
             for setting in settings
         ]
         return (
-            "<p>Each fold uses the setting of least inner loss. The macro-F1 beside it chooses nothing.</p>"
-            + _table(["setting", "members", "inner loss per fold", "macro-F1, pooled", "used for folds"], rows)
+            f"<p>Each fold uses the setting of least inner loss. The {self.score} beside it chooses nothing.</p>"
+            + _table(["setting", "members", "inner loss per fold", f"{self.score}, pooled", "used for folds"], rows)
         )
+
+    @staticmethod
+    def _inner_losses(losses: list[float] | None) -> str:
+        """Each fold's, or their mean where there are many."""
+        if losses and len(losses) > _MANY_FOLDS:
+            return f"mean {format_number(float(np.mean(losses)))}"
+        return ", ".join(map(format_number, losses or [])) or "–"
+
+    @staticmethod
+    def _fold_names(folds: list[int]) -> str:
+        """Their numbers, or how many they are."""
+        return f"{len(folds)} folds" if len(folds) > _MANY_FOLDS else ", ".join(map(str, folds)) or "–"
 
     def predictions(self) -> str:
         """Mean probability of each class for each clip, beside the truth."""
         results = self.results
         probabilities = self._clip_probabilities()
-        columns = ["clip", "subject", "fold", *map(escape, self.labels)]
+        columns = [
+            "clip",
+            *["database"] * bool(self.summary["databases"]),
+            "subject",
+            "fold",
+            *map(escape, self.labels),
+        ]
         parts = []
         for title, wanted in (("held-out clips", results.scored), ("test clips", results.clip_split == TEST)):
             clips = np.flatnonzero(wanted & np.isfinite(probabilities).all(axis=1))
@@ -535,16 +701,14 @@ class _Page:
                 parts.append(f"<details><summary>{len(clips)} {title}</summary>{table}</details>")
         return (
             "<p>Mean probability over the members that hold the clip out; for test clips, over all. A tick "
-            "marks a label of the clip, an orange bar a wrong decision at the fold's thresholds.</p>" + "".join(parts)
+            "marks a label of the clip, an orange bar a wrong decision"
+            f"{'' if self.multi_class else ' at the fold&#x27;s thresholds'}.</p>" + "".join(parts)
         )
 
     def _clip_probabilities(self) -> np.ndarray:
-        """``(C, 5)`` mean over the members that may judge a clip, NaN where none may."""
+        """``(C, L)`` mean over the members that may judge a clip, NaN where none may."""
         results, used = self.results, self.used
-        views = self.summary["evaluation"]["views"]
-        clips = combine_views(
-            results.probabilities[used], results.sample_clip, len(results.clip_name), views
-        )  # (M', C, 5)
+        clips = clip_probabilities(results, results.probabilities[used], self.summary["evaluation"])  # (M', C, L)
         held_out = results.member_fold[used][:, None] == results.clip_fold  # (M', C)
         judge = (held_out | (results.clip_split == TEST)).astype(float)
         return _mean_or_nan(np.einsum("mc,mcl->cl", judge, clips.astype(float)), judge.sum(axis=0)[:, None])
@@ -555,14 +719,16 @@ class _Page:
         wrong = np.zeros(len(truth), bool)
         thresholds = [entry["thresholds"] for entry in self.summary["folds"] if entry["fold"] == fold]
         if thresholds:
-            wrong = (decide(probabilities, thresholds[0], evaluation) != (truth == 1)) & (truth != UNKNOWN_LABEL)
+            made = decide(probabilities, thresholds[0], evaluation, self.labels)
+            wrong = (made != (truth == 1)) & (truth != UNKNOWN_LABEL)
         cells = "".join(
             f'<td class="p{" miss" * bool(miss)}{" true" * bool(label == 1)}" style="--p:{value:.2f}">'
             f"{'✓ ' * bool(label == 1)}{value:.2f}</td>"
             for value, label, miss in zip(probabilities, truth, wrong, strict=True)
         )
+        database = f"<td>{escape(str(results.clip_database[clip])) or '–'}</td>" if self.summary["databases"] else ""
         return (
-            f'<tr><th scope="row">{escape(str(results.clip_name[clip]))}</th>'
+            f'<tr><th scope="row">{escape(str(results.clip_name[clip]))}</th>{database}'
             f"<td>{escape(str(results.clip_subject[clip])) or '–'}</td><td>{fold if fold >= 0 else '–'}</td>"
             f"{cells}</tr>"
         )
@@ -581,23 +747,26 @@ class _Page:
             words.append(f"No face was found, so the crop is the fallback: {escape(', '.join(self.no_face))}.")
         elif self.no_face is not None:
             words.append("A face was found in every clip.")
-        rows = [
-            _row(
-                [
-                    f"fold {fold['fold']}",
-                    str(fold["clips"]),
-                    *(str(fold["positives"][label]) for label in self.labels),
-                    str(len(fold["seeds"])),
-                    format_mean(fold["mean"], fold["sd"]),
-                ]
-            )
-            for fold in self.summary["folds"]
-        ]
-        columns = ["held out", "clips", *map(escape, self.labels), "seeds", "macro-F1 ± sd"]
-        return (
-            f"<p>{' '.join(words)}</p>{_table(columns, rows)}"
-            '<p class="note first">Under the classes: how many clips of the fold have the label.</p>'
-        )
+        table = self._fold_table() + '<p class="note first">Under the classes: how many clips of the fold have it.</p>'
+        if len(self.summary["folds"]) > _MANY_FOLDS:
+            table = f"<details><summary>All {len(self.summary['folds'])} folds</summary>{table}</details>"
+        return f"<p>{' '.join(words)}</p>{table}"
+
+    def _fold_table(self) -> str:
+        """Who is held out in each fold, and how well the fold is predicted."""
+        subjects = self.summary["study"]["single_subject_folds"]
+        columns = [("subject", lambda fold: escape(fold["subject"]))] if subjects else []
+        if subjects and self.summary["databases"]:
+            columns.append(("database", lambda fold: escape(fold["database"])))
+        columns.append(("clips", lambda fold: str(fold["clips"])))
+        columns += [(escape(label), lambda fold, label=label: str(fold["positives"][label])) for label in self.labels]
+        columns.append(("seeds", lambda fold: str(len(fold["seeds"]))))
+        if self.multi_class:
+            columns.append(("accuracy", lambda fold: format_number(fold["mean_accuracy"])))
+        if not (self.multi_class and subjects):
+            columns.append((f"{self.score} ± sd", lambda fold: format_mean(fold["mean"], fold["sd"])))
+        rows = [_row([f"fold {fold['fold']}", *(cell(fold) for _, cell in columns)]) for fold in self.summary["folds"]]
+        return _table(["held out", *(name for name, _ in columns)], rows)
 
     def configuration(self) -> str:
         """Settings and versions."""

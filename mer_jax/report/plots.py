@@ -287,13 +287,19 @@ def _median(values) -> float:
     return float(np.median(values)) if values.size else math.nan
 
 
-def learning_curves(epoch: np.ndarray, losses: Mapping[str, np.ndarray], selected: np.ndarray) -> str:
+def learning_curves(
+    epoch: np.ndarray,
+    losses: Mapping[str, np.ndarray],
+    selected: np.ndarray,
+    y_name: str = "training loss, mean over labels (nats)",
+) -> str:
     """Losses over epochs: median and 5-95 % band over members, and where training stopped.
 
     Args:
         epoch: Epoch of each evaluation ``(E,)``.
         losses: Name to losses ``(M, E)``; the order gives the colours; NaN is left out epoch by epoch.
         selected: The epoch whose parameters each member kept ``(M,)``, at least one member.
+        y_name: What the losses are, with their unit.
 
     Returns:
         The figure as an ``<svg>`` element.
@@ -304,7 +310,7 @@ def learning_curves(epoch: np.ndarray, losses: Mapping[str, np.ndarray], selecte
     low, high = _limits(*bands.values(), pad=0.05)
     first, last = float(np.min(epoch)), float(np.max(epoch))
     axes = _Axes(drawing, 56, 40, WIDTH - 56 - 180, 262, (first, max(last, first + 1)), (max(low, 0.0), high))
-    axes.y_axis("training loss, mean over labels (nats)", count=6)
+    axes.y_axis(y_name, count=6)
     axes.x_axis("epoch", grid=False)
     colours = dict(zip(losses, ("grey", "blue", "orange", "green"), strict=False))
     ends = {}
@@ -460,6 +466,92 @@ def confusions(labels: Sequence[str], counts: np.ndarray) -> str:
     return drawing.svg()
 
 
+def confusion_matrix(labels: Sequence[str], counts: np.ndarray) -> str:
+    """True against predicted class, shaded by the share of the row.
+
+    Args:
+        labels: Name of each class ``(C,)``.
+        counts: Clips ``(C, C)``, true class first.
+
+    Returns:
+        The figure as an ``<svg>`` element.
+    """
+    left, top, height = 132, 56, 62
+    width = min(150.0, (WIDTH - left) / len(labels))
+    drawing = _Drawing(
+        WIDTH,
+        top + height * len(labels) + 12,
+        "Confusion matrix: "
+        + "; ".join(
+            f"of {_count(float(row.sum()))} clips {label}: "
+            + ", ".join(f"{_count(float(n))} taken for {name}" for name, n in zip(labels, row, strict=True))
+            for label, row in zip(labels, counts, strict=True)
+        ),
+    )
+    drawing.text(left + width * len(labels) / 2, 16, "predicted", "name", "middle")
+    drawing.text(left - 12, top - 12, "truth", "name", "end")
+    for column, label in enumerate(labels):
+        drawing.text(left + width * (column + 0.5), top - 12, label, "label strong", "middle")
+    for row, label in enumerate(labels):
+        y = top + height * row
+        drawing.text(left - 12, y + height / 2 + 4, label, "label strong", "end")
+        total = float(counts[row].sum())
+        for column in range(len(labels)):
+            value = float(counts[row, column])
+            share = value / total if total > 0 else 0.0
+            x, centre = left + width * column, left + width * (column + 0.5) - 1.5
+            colour = "blue" if column == row else "orange"
+            drawing.rect(x, y, width - 3, height - 3, f"cell {colour}", rx=3, fill_opacity=f"{0.08 + 0.5 * share:.2f}")
+            drawing.text(centre, y + 28, _count(value), "value", "middle")
+            drawing.text(centre, y + 45, f"{100 * share:.0f} %", "share", "middle")
+    return drawing.svg()
+
+
+def share_panels(
+    names: Sequence[str], panels: Sequence[tuple[str, Sequence[tuple[str, np.ndarray, np.ndarray]]]], *, label: str
+) -> str:
+    """Side by side, panels of bars that are each split into shares, the same rows in all panels.
+
+    Args:
+        names: What the S shares are of.
+        panels: (title, rows of (row's name, mean shares ``(S,)`` that add up to 1, low and high ``(2, S)``)); rows
+            without finite shares are left empty.
+        label: What a screen reader says before the shares.
+
+    Returns:
+        The figure as an ``<svg>`` element.
+    """
+    colours = ("blue", "green", "purple", "grey", "orange")
+    lane, left, top, gap = 26, 190, 74, 28
+    width = (WIDTH - left - gap * (len(panels) - 1)) / len(panels)
+    spoken = [
+        f"{title}, {row}: " + ", ".join(f"{name} {100 * share:.0f} %" for name, share in zip(names, mean, strict=True))
+        for title, rows in panels
+        for row, mean, _ in rows
+        if np.isfinite(mean).all()
+    ]
+    drawing = _Drawing(WIDTH, top + lane * max(len(rows) for _, rows in panels) + 8, f"{label}: " + "; ".join(spoken))
+    drawing.legend(left, 16, [("bar", f"bar {colours[index % 5]}", name) for index, name in enumerate(names)])
+    for number, (title, rows) in enumerate(panels):
+        start = left + (width + gap) * number
+        drawing.text(start, top - 14, title, "label strong")
+        for index, (row, mean, band) in enumerate(rows):
+            y = top + lane * index
+            if number == 0:
+                drawing.text(left - 12, y + 15, row, "label", "end")
+            if not np.isfinite(mean).all():
+                continue
+            x = start
+            for place, (name, share) in enumerate(zip(names, mean, strict=True)):
+                low, high = (f"{100 * value:.0f}" for value in band[:, place])
+                tip = f"{row}, {name}: {100 * share:.1f} % (members {low}–{high} %)"
+                drawing.rect(x, y, width * share - 2, lane - 6, f"bar {colours[place % 5]}", tip, rx=2)
+                if width * share > 34:
+                    drawing.text(x + width * share / 2, y + 15, f"{100 * share:.0f} %", "share", "middle")
+                x += width * share
+    return drawing.svg()
+
+
 def _count(value: float) -> str:
     """A count, with one decimal where it is a mean over seeds."""
     return format_number(value, 0 if float(value).is_integer() else 1)
@@ -473,6 +565,7 @@ def curves(
     y_name: str,
     marks: Sequence[tuple[str, str, float]],
     label: str,
+    span: tuple[str, float, float] | None = None,
 ) -> str:
     """Curves over the unit interval, with vertical marks.
 
@@ -483,6 +576,7 @@ def curves(
         y_name: Name of the y axis, with its unit.
         marks: (name, colour, x) of vertical lines.
         label: What a screen reader says before the curves' best points.
+        span: (words, low, high) of a shaded stretch of the x axis.
 
     Returns:
         The figure as an ``<svg>`` element.
@@ -497,7 +591,13 @@ def curves(
     axes = _Axes(drawing, 56, 66, WIDTH - 76, 240, (0.0, 1.0), limits)
     axes.y_axis(y_name)
     axes.x_axis(x_name, np.linspace(0, 1, 6), grid=False)
-    drawing.legend(56, 16, [("line", f"line {colour}", name) for name, colour, _ in series])
+    entries = [("line", f"line {colour}", name) for name, colour, _ in series]
+    if span:
+        words, first, last = span
+        left, right = float(axes.x(first)), float(axes.x(last))
+        drawing.rect(left, axes.top, right - left, axes.bottom - axes.top, "box grey", words)
+        entries.append(("bar", "box grey", words))
+    drawing.legend(56, 16, entries)
     for name, colour, position in marks:
         at = float(axes.x(position))
         drawing.line(at, axes.top, at, axes.bottom, f"mark {colour}")

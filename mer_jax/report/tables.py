@@ -1,10 +1,12 @@
 """The table of scores: one list of rows that the terminal and the page print alike."""
 
 import dataclasses
+import numbers
 import textwrap
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from mer_jax.report.plots import format_number
+from mer_jax.study.data import MULTI_CLASS
 
 LEAKY_EXPLANATION = (
     "The leaky column takes its choices on the very clips that it is scored on. It is what such a protocol "
@@ -39,14 +41,33 @@ class Row:
     key: bool = False
 
 
-def leaky_block(summary: Mapping) -> Mapping:
-    """The leaky figures beside the honest: epoch and thresholds where curves were kept, else thresholds."""
-    return summary["leaky"]["both"] or summary["leaky"]["heldout_thresholds"]
+_LEAKY_CHOICES = {"both": "epoch and thresholds", "heldout_thresholds": "thresholds", "best_epoch": "each fold's epoch"}
+
+
+def multi_class(summary: Mapping) -> bool:
+    """Whether exactly one label is present in a clip."""
+    return summary["task"] == MULTI_CLASS
+
+
+def score_name(summary: Mapping) -> str:
+    """What the headline score is called."""
+    return "UF1" if multi_class(summary) else "macro-F1"
+
+
+def format_threshold(threshold: float | Sequence[float]) -> str:
+    """One threshold, or several, with two decimals."""
+    values = [threshold] if isinstance(threshold, numbers.Real) else threshold
+    return " / ".join(format_number(value, 2) for value in values)
+
+
+def leaky_block(summary: Mapping) -> Mapping | None:
+    """The leaky figures beside the honest: of all that could be chosen, what was kept to choose from; maybe None."""
+    return next((summary["leaky"][name] for name in _LEAKY_CHOICES if summary["leaky"][name]), None)
 
 
 def leaky_choices(summary: Mapping) -> str:
     """What :func:`leaky_block` chose on the held-out clips, in words."""
-    return "epoch and thresholds" if summary["leaky"]["both"] else "thresholds"
+    return next(words for name, words in _LEAKY_CHOICES.items() if summary["leaky"][name])
 
 
 def score_rows(summary: Mapping) -> list[Row]:
@@ -60,20 +81,42 @@ def score_rows(summary: Mapping) -> list[Row]:
     """
     honest, untuned, leaky = summary["honest"], summary["untuned"], leaky_block(summary)
 
-    def row(name, group, *path, key=False):
-        score, plain, leak = (_at(block, path) for block in (honest, untuned, leaky))
-        return Row(
-            name,
-            group,
-            score["mean"],
-            score["sd"],
-            score["seed_ci"],
-            score["clip_ci"],
-            plain["mean"],
-            leak["mean"],
-            key,
-        )
+    def row(name, group, *path, key=False, block=honest):
+        score = _at(block, path)
+        plain, leak = (_at(other, path)["mean"] if other and block is honest else None for other in (untuned, leaky))
+        return Row(name, group, score["mean"], score["sd"], score["seed_ci"], score["clip_ci"], plain, leak, key)
 
+    ensemble, chance = summary["ensemble"], summary["chance"]["macro_f1"]["pooled"]
+    baselines = summary["baselines"]
+    if multi_class(summary):
+        rows = [
+            row("UF1, pooled", "", "macro_f1", "pooled", key=True),
+            row("UAR, pooled", "", "uar", "pooled"),
+            row("accuracy, pooled", "Other averages", "accuracy", "pooled"),
+            row("UF1, mean of folds", "Other averages", "macro_f1", "fold_mean"),
+        ]
+        for entry in summary["databases"][1:]:
+            rows += [_database_row(entry, name, figure) for name, figure in (("UF1", "macro_f1"), ("UAR", "uar"))]
+        rows += [
+            row(f"F1 {label}", "Per class, pooled", "per_class_f1", label, "pooled") for label in summary["labels"]
+        ]
+        references = "Other deciders, pooled"
+        return [
+            *rows,
+            *_threshold_free(summary),
+            *(
+                Row(
+                    f"{name} of all seeds' mean",
+                    references,
+                    ensemble[figure]["pooled"]["value"],
+                    clip_interval=ensemble[figure]["pooled"]["clip_ci"],
+                )
+                for name, figure in (("UF1", "macro_f1"), ("UAR", "uar"))
+            ),
+            Row("UF1 of chance (permuted)", references, chance["mean"], clip_interval=chance["interval"]),
+            Row("UF1 of the majority class", references, baselines["majority"]["macro_f1"]["pooled"]),
+            Row("UAR of the majority class", references, baselines["majority"]["uar"]["pooled"]),
+        ]
     rows = [
         row("macro-F1, pooled (UF1)", "", "macro_f1", "pooled", key=True),
         row("macro-F1, mean of folds", "", "macro_f1", "fold_mean"),
@@ -82,27 +125,49 @@ def score_rows(summary: Mapping) -> list[Row]:
         row("present/absent macro-F1", "Other averages", "present_absent_macro_f1", "pooled"),
     ]
     rows += [row(f"F1 {label}", "Per class, pooled", "per_class_f1", label, "pooled") for label in summary["labels"]]
-    for name, key in (("AUROC", "auroc"), ("AP", "average_precision")):
-        for words, average in (("pooled", "pooled"), ("mean of folds", "fold_mean")):
-            score = summary[key]["mean"][average]
-            rows.append(
-                Row(
-                    f"{name}, {words}",
-                    "Threshold-free, mean of classes (AP: average precision)",
-                    score["mean"],
-                    score["sd"],
-                )
-            )
-    ensemble = summary["ensemble"]["macro_f1"]["pooled"]
-    chance = summary["chance"]["macro_f1"]["pooled"]
+    if fixed := summary["fixed"]:
+        group = f"At the fixed threshold {format_threshold(summary['evaluation']['fixed_threshold'])}, tuned on nothing"
+        rows += [
+            row("fixed: macro-F1, pooled", group, "macro_f1", "pooled", block=fixed),
+            row("fixed: macro-F1, mean of folds", group, "macro_f1", "fold_mean", block=fixed),
+        ]
+    rows += [_database_row(entry, "macro-F1", "macro_f1") for entry in summary["databases"][1:]]
+    rows += _threshold_free(summary)
+    mean = ensemble["macro_f1"]["pooled"]
     references = "macro-F1 of other deciders, pooled"
     rows += [
-        Row("all seeds' mean probability", references, ensemble["value"], clip_interval=ensemble["clip_ci"]),
+        Row("all seeds' mean probability", references, mean["value"], clip_interval=mean["clip_ci"]),
         Row("chance (labels permuted)", references, chance["mean"], clip_interval=chance["interval"]),
-        Row("every class present", references, summary["baselines"]["all_positive"]["macro_f1"]["pooled"]),
-        Row("majority of each class", references, summary["baselines"]["majority"]["macro_f1"]["pooled"]),
+        Row("every class present", references, baselines["all_positive"]["macro_f1"]["pooled"]),
+        Row("majority of each class", references, baselines["majority"]["macro_f1"]["pooled"]),
     ]
     return rows
+
+
+def _database_row(entry: Mapping, name: str, figure: str) -> Row:
+    score, leaky = entry["honest"][figure], entry["leaky"]
+    return Row(
+        f"{name} {entry['database']} ({entry['clips']})",
+        "Per database (clips), pooled",
+        score["mean"],
+        score["sd"],
+        score["seed_ci"],
+        score["clip_ci"],
+        leaky=leaky and leaky[figure]["mean"],
+    )
+
+
+def _threshold_free(summary: Mapping) -> list[Row]:
+    averages = [("pooled", "pooled"), ("mean of folds", "fold_mean")]
+    if summary["study"]["single_subject_folds"]:  # whose clips hardly ever have two classes to rank
+        averages = averages[:1]
+    group = "Threshold-free, mean of classes (AP: average precision)"
+    scores = [
+        (f"{name}, {words}", summary[key]["mean"][average])
+        for name, key in (("AUROC", "auroc"), ("AP", "average_precision"))
+        for words, average in averages
+    ]
+    return [Row(name, group, score["mean"], score["sd"]) for name, score in scores]
 
 
 def _at(block: Mapping, path) -> Mapping:
@@ -133,13 +198,17 @@ def terminal_table(summary: Mapping) -> str:
         Lines without a final newline.
     """
     level = f"{100 * summary['evaluation']['confidence']:g} % CI"
-    layout = "{:<30} {:>15} {:>16} {:>16} {:>8} {:>8}".format
+    rows = score_rows(summary)
+    untuned = not multi_class(summary)  # without thresholds there is none that was not tuned
+    width = max(30, *(len(row.name) + 2 for row in rows))
+    layout = (f"{{:<{width}}} {{:>15}} {{:>16}} {{:>16}}" + " {:>8}" * (1 + untuned)).format
+    heads = ("LEAKY", "see end") if leaky_block(summary) else ("", "")
     lines = [
-        layout("", "honest ± sd", level, level, "at 0.5", "LEAKY"),
-        layout("", "over seeds", "over seeds", "clips and seeds", "untuned", "see end"),
+        layout("", "honest ± sd", level, level, *(["at 0.5"] if untuned else []), heads[0]),
+        layout("", "over seeds", "over seeds", "clips and seeds", *(["untuned"] if untuned else []), heads[1]),
     ]
     group = ""
-    for row in score_rows(summary):
+    for row in rows:
         if row.group != group:
             group = row.group
             lines.append(f"-- {group} " + "-" * (94 - len(group)))
@@ -147,17 +216,18 @@ def terminal_table(summary: Mapping) -> str:
             format_mean(row.mean, row.sd),
             format_interval(row.seed_interval),
             format_interval(row.clip_interval),
-            format_number(row.untuned),
-            format_number(row.leaky),
+            *([format_number(row.untuned)] if untuned else []),
+            format_number(row.leaky) if leaky_block(summary) else "",
         )
         lines.append(layout(("> " if row.key else "  ") + row.name, *cells))
-    inflation = leaky_block(summary)["inflation"]["pooled"]
-    difference = f"{format_signed(inflation['mean'])} {format_interval(inflation['clip_ci'])}"
-    lines += [
-        "-" * 98,
-        f"LEAKY chooses {leaky_choices(summary)} on the clips that it is scored on: not an estimate.",
-        f"It would have claimed {difference} macro-F1.",
-    ]
+    lines.append("-" * 98)
+    if leaky := leaky_block(summary):
+        inflation = leaky["inflation"]["pooled"]
+        difference = f"{format_signed(inflation['mean'])} {format_interval(inflation['clip_ci'])}"
+        lines += [
+            f"LEAKY chooses {leaky_choices(summary)} on the clips that it is scored on: not an estimate.",
+            f"It would have claimed {difference} {score_name(summary)}.",
+        ]
     for note in summary["notes"]:
         lines += textwrap.wrap(f"note: {note}", 98, subsequent_indent="      ")
     return "\n".join(line.rstrip() for line in lines)

@@ -7,9 +7,9 @@ from typing import Any
 
 import numpy as np
 
-from mer_jax.clips.layouts import LABELS
 from mer_jax.errors import UserError
 from mer_jax.evaluation import metrics, statistics
+from mer_jax.study.data import MULTI_CLASS, MULTI_LABEL
 from mer_jax.study.held_out import HeldOut, held_out
 from mer_jax.study.results import StudyResults
 from mer_jax.study.summary import plain, read_evaluation
@@ -55,7 +55,7 @@ def compare(
 
 
 def compare_held_out(a: HeldOut, b: HeldOut, names: tuple[str, str] = ("A", "B")) -> dict[str, Any]:
-    """Paired comparison of binary macro-F1, A minus B, on the seeds that both have.
+    """Paired comparison of macro-F1 (UF1 in a multi-class study), A minus B, on the seeds that both have.
 
     Args:
         a: Study A.
@@ -63,15 +63,17 @@ def compare_held_out(a: HeldOut, b: HeldOut, names: tuple[str, str] = ("A", "B")
         names: What to call them in messages.
 
     Returns:
-        A dict of plain values: ``clips``, ``resampled``, ``seeds`` used, ``seeds_left_out`` of each;
+        A dict of plain values: ``task``, ``clips``, ``resampled``, ``seeds`` used, ``seeds_left_out`` of each;
         ``macro_f1``: ``pooled`` and ``fold_mean``, each ``mean_a``, ``mean_b``, ``difference``, ``clip_ci``
         (clips and seeds resampled, the same for both), ``clip_p_value`` (decisions of whole clips or subjects
-        swapped), ``probability_a_better`` (share of replicates); ``per_class_f1``: the same, pooled;
-        ``members``: over the (fold, seed) pairs, ``difference``, ``sd``, ``seed_ci``, ``sign_flip_p_value``,
-        ``win_rate`` and the ``matrix`` of differences ``(F, S)``.
+        swapped), ``probability_a_better`` (share of replicates); ``uar``: the same, pooled; ``per_class_f1``: the
+        same, pooled; ``databases``: each database's ``macro_f1``, pooled, where there are several; ``members``:
+        over the pairs of a fold and a seed (``pairs`` says so; over ``'seeds'``, all folds pooled, where each fold
+        is one subject) ``difference``, ``sd``, ``seed_ci``, ``sign_flip_p_value``, ``win_rate`` and the ``matrix``
+        of differences ``(F, S)`` or ``(1, S)``.
 
     Raises:
-        UserError: Clips, folds or labels differ, or there is no common seed.
+        UserError: Tasks, clips, folds or labels differ, or there is no common seed.
     """
     a, b = _align(a, b, names)
     seeds = np.intersect1d(a.seeds, b.seeds)
@@ -81,18 +83,16 @@ def compare_held_out(a: HeldOut, b: HeldOut, names: tuple[str, str] = ("A", "B")
             "train both with the same seeds"
         )
     left_out = [len(run.seeds) - len(seeds) for run in (a, b)]
-    decisions = [run.decisions[np.searchsorted(run.seeds, seeds)] for run in (a, b)]  # (S, N, 5)
+    decisions = [run.decisions[np.searchsorted(run.seeds, seeds)] for run in (a, b)]  # (S, N, L)
     confidence = a.evaluation["confidence"]
-    draws = statistics.make_resampling(
-        a.fold, a.subject.tolist(), len(seeds), min(run.evaluation["bootstrap"] for run in (a, b))
-    )
-    everything = np.ones((1, len(a.fold)))
+    draws = statistics.make_resampling(a.fold, a.people, len(seeds), min(run.evaluation["bootstrap"] for run in (a, b)))
 
-    def clip_comparison(metric, groups):
-        found = statistics.paired_clip_comparison(a.truth, *decisions, a.mask, draws, metric, groups, confidence)
-        means = [
-            statistics.weighted_scores(a.truth, made, a.mask, everything, metric, groups).mean() for made in decisions
-        ]
+    def clip_comparison(metric, groups=None, rows=slice(None)):
+        truth, mask, made = a.truth[rows], a.mask[rows], [run[:, rows] for run in decisions]
+        drawn = draws._replace(clips=draws.clips[:, rows], units=draws.units[:, rows])
+        found = statistics.paired_clip_comparison(truth, *made, mask, drawn, metric, groups, confidence)
+        everything = np.ones((1, len(truth)))
+        means = [statistics.weighted_scores(truth, one, mask, everything, metric, groups).mean() for one in made]
         return {
             "mean_a": means[0],
             "mean_b": means[1],
@@ -102,10 +102,14 @@ def compare_held_out(a: HeldOut, b: HeldOut, names: tuple[str, str] = ("A", "B")
             "probability_a_better": found.probability_a_better,
         }
 
-    scores = [statistics.seed_matrix(a.truth, made, a.mask, a.fold) for made in decisions]  # (F, S)
+    # One subject's few clips lack classes: there, only all folds together have a score worth comparing.
+    fold = np.zeros_like(a.fold) if a.single_subject_folds else a.fold
+    scores = [statistics.seed_matrix(a.truth, made, a.mask, fold) for made in decisions]  # (F, S)
+    databases = np.unique(a.database).tolist()
     pairs = statistics.paired_comparison(*scores, len(draws.clips), confidence)
     return plain(
         {
+            "task": MULTI_CLASS if a.multi_class else MULTI_LABEL,
             "clips": len(a.fold),
             "resampled": draws.unit,
             "confidence": confidence,
@@ -116,11 +120,18 @@ def compare_held_out(a: HeldOut, b: HeldOut, names: tuple[str, str] = ("A", "B")
                 name: clip_comparison(metrics.macro_f1, groups)
                 for name, groups in zip(_AVERAGES, (None, a.fold), strict=True)
             },
+            "uar": clip_comparison(metrics.multilabel_uar),
             "per_class_f1": {
-                label: clip_comparison(lambda counts, c=c: metrics.binary_f1(counts)[..., c], None)
-                for c, label in enumerate(LABELS)
+                label: clip_comparison(lambda counts, c=c: metrics.binary_f1(counts)[..., c])
+                for c, label in enumerate(a.labels)
             },
+            "databases": {
+                name: clip_comparison(metrics.macro_f1, rows=np.flatnonzero(a.database == name)) for name in databases
+            }
+            if len(databases) > 1
+            else {},
             "members": {
+                "pairs": "seeds" if a.single_subject_folds else "folds and seeds",
                 "difference": pairs.mean,
                 "sd": pairs.sd,
                 "seed_ci": pairs.interval,
@@ -139,6 +150,11 @@ def _some(values) -> str:
 
 def _align(a: HeldOut, b: HeldOut, names: tuple[str, str]) -> tuple[HeldOut, HeldOut]:
     """Puts B's clips into the order of A's, and makes sure that they are the same clips, labels and folds."""
+    for what in ("multi_class", "labels"):
+        if getattr(a, what) != getattr(b, what):
+            raise UserError(
+                f"{names[0]} predicts {_task(a)}, {names[1]} {_task(b)}; only studies of the same task can be compared"
+            )
     for one, other, name_one, name_other in ((a, b, *names), (b, a, *names[::-1])):
         missing = np.setdiff1d(one.name, other.name)
         if len(missing):
@@ -153,6 +169,7 @@ def _align(a: HeldOut, b: HeldOut, names: tuple[str, str]) -> tuple[HeldOut, Hel
         ("truth", "labels"),
         ("mask", "known labels"),
         ("subject", "subject"),
+        ("database", "database"),
     ):
         values = [getattr(run, field) for run in (a, b)]
         same = (values[0] == values[1]).reshape(len(a.name), -1).all(axis=1)
@@ -162,6 +179,10 @@ def _align(a: HeldOut, b: HeldOut, names: tuple[str, str]) -> tuple[HeldOut, Hel
                 "the same data with the same folds"
             )
     return a, b
+
+
+def _task(run: HeldOut) -> str:
+    return f"{'one' if run.multi_class else 'any'} of {', '.join(run.labels)}"
 
 
 def format_comparison(comparison: Mapping[str, Any]) -> str:
@@ -178,7 +199,11 @@ def format_comparison(comparison: Mapping[str, Any]) -> str:
     for key, (one, other) in comparison["settings_that_differ"].items():
         lines.append(f"note: evaluation.{key} is {one} in A and {other} in B")
     rows = [("", "A", "B", "A - B", f"{level} interval", "p (clips)", "P(A > B)")]
-    named = [(f"macro-F1, {name.replace('_', ' ')}", row) for name, row in comparison["macro_f1"].items()]
+    multi_class = comparison["task"] == MULTI_CLASS
+    f1, uar = ("UF1", "UAR") if multi_class else ("macro-F1", "UAR of “present”")
+    named = [(f"{f1}, {name.replace('_', ' ')}", row) for name, row in comparison["macro_f1"].items()]
+    named += [(f"{uar}, pooled", comparison["uar"])]
+    named += [(f"{f1} {name}, pooled", row) for name, row in comparison["databases"].items()]
     named += [(f"F1 {label}, pooled", row) for label, row in comparison["per_class_f1"].items()]
     for name, row in named:
         rows.append(
@@ -198,10 +223,13 @@ def format_comparison(comparison: Mapping[str, Any]) -> str:
         cells = [row[0].ljust(widths[0])] + [c.rjust(w) for c, w in zip(row[1:], widths[1:], strict=True)]
         lines.append("  ".join(cells))
     members = comparison["members"]
+    over = f"{len(comparison['folds'])} x {len(seeds)} (fold, seed) pairs"
+    if members["pairs"] == "seeds":
+        over = f"{len(seeds)} seeds, all folds of a seed pooled"
     interval = "" if members["seed_ci"] is None else f" {_interval(members['seed_ci'])} over seeds"
     lines += [
         "",
-        f"Training noise alone, on these clips, {len(comparison['folds'])} x {len(seeds)} (fold, seed) pairs:",
+        f"Training noise alone, on these clips, {over}:",
         f"{members['difference']:+.3f}{interval}, sign-flip p = {members['sign_flip_p_value']:.4f}, "
         f"A ahead in {100 * members['win_rate']:.0f} % of pairs",
     ]

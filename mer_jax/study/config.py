@@ -8,6 +8,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from mer_jax.errors import UserError
+from mer_jax.evaluation.thresholds import TUNED_MODES
 from mer_jax.study.held_out import resolve_evaluation
 from mer_jax.study.members import HYPER_NAMES
 
@@ -55,9 +56,11 @@ def base_config() -> ConfigDict:
     )  # values to try of each; members = folds x grid x seeds
 
     config.evaluation = ConfigDict()
+    config.evaluation.phases = "mean"  # a view's probability from its phases: 'mean', 'max' or 'onset_apex'
     config.evaluation.views = "mean"  # a clip's probability from its views: 'mean', 'max' or 'or'
-    config.evaluation.thresholds = "per_class"  # 'fixed', or tuned on inner splits: 'global' or 'per_class'
-    config.evaluation.fixed_threshold = (0.5,)  # one for all classes or one a class; used by 'fixed'
+    # 'fixed', or tuned on inner splits: 'global' or 'per_class'; 'argmax' where a clip has one class.
+    config.evaluation.thresholds = "per_class"
+    config.evaluation.fixed_threshold = (0.5,)  # one for all classes or one a class; beside tuned ones unless 0.5
     config.evaluation.negative_excludes_positive = False  # the released rule: Negative = 1 makes Positive = 0
     config.evaluation.bootstrap = 2000  # replicates behind every interval
     config.evaluation.confidence = 0.95
@@ -135,7 +138,7 @@ def validate(config: ConfigDict) -> None:
             )
         if any(len(values) > 1 for values in config.grid.values()):
             raise UserError("config.grid is chosen from on inner splits: set config.study.num_inner to 2 or more")
-        if config.evaluation.thresholds != "fixed":
+        if config.evaluation.thresholds in TUNED_MODES:
             raise UserError(
                 f"config.evaluation.thresholds={config.evaluation.thresholds!r} is tuned on inner splits: set "
                 "config.study.num_inner to 2 or more, or thresholds to 'fixed'"

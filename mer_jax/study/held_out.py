@@ -1,25 +1,25 @@
 """What may be scored, and the choices made for it without looking at it.
 
-For held-out fold k, thresholds and (with several hyper-parameter settings) the setting come from the
-inner-split predictions of the members that hold fold k out, pooled over their seeds. These members never saw
-fold k, and its labels take no part in the choice.
+For held-out fold k, thresholds (of a multi-label study) and, with several hyper-parameter settings, the setting
+come from the inner-split predictions of the members that hold fold k out, pooled over their seeds. These members
+never saw fold k, and its labels take no part in the choice.
 """
 
 import dataclasses
 import numbers
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
-from mer_jax.clips.layouts import LABELS
 from mer_jax.errors import UserError
 from mer_jax.evaluation import thresholds
-from mer_jax.evaluation.released import exclude_positive
-from mer_jax.evaluation.views import VIEW_RULES, combine_views
+from mer_jax.evaluation.released import NEGATIVE, POSITIVE, exclude_positive
+from mer_jax.evaluation.views import PHASE_RULES, VIEW_RULES, combine_samples
 from mer_jax.study.results import UNKNOWN_LABEL, StudyResults
 
 DEFAULTS: dict[str, Any] = {
+    "phases": "mean",
     "views": "mean",
     "thresholds": "per_class",
     "fixed_threshold": 0.5,
@@ -29,13 +29,21 @@ DEFAULTS: dict[str, Any] = {
 }
 
 
-def resolve_evaluation(settings: Mapping[str, Any] | None = None) -> dict[str, Any]:
+def resolve_evaluation(
+    settings: Mapping[str, Any] | None = None,
+    labels: Sequence[str] | None = None,
+    multi_class: bool | None = None,
+) -> dict[str, Any]:
     """Fills in defaults and checks the evaluation settings.
 
     Args:
-        settings: Any of ``views`` ('mean', 'max', 'or'), ``thresholds`` ('fixed', 'global', 'per_class'),
-            ``fixed_threshold`` (a number or five), ``negative_excludes_positive``, ``bootstrap`` (replicates
-            and permutations), ``confidence`` in (0, 1).
+        settings: Any of ``phases`` ('mean', 'max', 'onset_apex'), ``views`` ('mean', 'max', 'or'), ``thresholds``
+            ('fixed', 'global', 'per_class'; 'argmax' in a multi-class study, its default there),
+            ``fixed_threshold`` (a number or one a label), ``negative_excludes_positive``, ``bootstrap``
+            (replicates and permutations), ``confidence`` in (0, 1).
+        labels: Names of the study's labels; None while they are not known: then what depends on them goes
+            unchecked.
+        multi_class: Whether exactly one of them is present; None while that is not known.
 
     Returns:
         All of them, as plain Python values.
@@ -43,7 +51,7 @@ def resolve_evaluation(settings: Mapping[str, Any] | None = None) -> dict[str, A
     Raises:
         UserError: Names the field, its value, and what it may be.
     """
-    resolved = {**DEFAULTS, **(settings or {})}
+    resolved = {**DEFAULTS, **({"thresholds": thresholds.ARGMAX} if multi_class else {}), **(settings or {})}
     unknown = sorted(set(resolved) - set(DEFAULTS))
     if unknown:
         raise UserError(f"evaluation.{unknown[0]}: unknown field; choose from {', '.join(DEFAULTS)}")
@@ -52,22 +60,32 @@ def resolve_evaluation(settings: Mapping[str, Any] | None = None) -> dict[str, A
         if not condition:
             raise UserError(f"evaluation.{field}={resolved[field]!r}: must be {allowed}")
 
+    require(resolved["phases"] in PHASE_RULES, "phases", f"one of {', '.join(PHASE_RULES)}")
     require(resolved["views"] in VIEW_RULES, "views", f"one of {', '.join(VIEW_RULES)}")
-    modes = thresholds.THRESHOLD_MODES
-    require(resolved["thresholds"] in modes, "thresholds", f"one of {', '.join(modes)}")
+    modes, of = thresholds.THRESHOLD_MODES, ""
+    if multi_class is not None:
+        modes = (thresholds.ARGMAX,) if multi_class else modes[:-1]
+        of = f" in a study of {'one class' if multi_class else 'any labels'} a clip"
+    require(resolved["thresholds"] in modes, "thresholds", f"{'one of ' * (len(modes) > 1)}{', '.join(modes)}{of}")
     fixed = resolved["fixed_threshold"]
     values = list(fixed) if isinstance(fixed, list | tuple) else [fixed]
+    several = "one a label" if labels is None else f"{len(labels)} of them in the order {', '.join(labels)}"
     require(
-        len(values) in (1, len(LABELS)) and all(isinstance(v, numbers.Real) and 0 <= v <= 1 for v in values),
+        len(values) > 0
+        and (labels is None or len(values) in (1, len(labels)))
+        and all(isinstance(v, numbers.Real) and 0 <= v <= 1 for v in values),
         "fixed_threshold",
-        f"a number in [0, 1], or {len(LABELS)} of them in the order {', '.join(LABELS)}",
+        f"a number in [0, 1], or {several}",
     )
-    resolved["fixed_threshold"] = float(values[0]) if isinstance(fixed, numbers.Real) else [float(v) for v in values]
+    resolved["fixed_threshold"] = float(values[0]) if len(values) == 1 else [float(v) for v in values]
     require(
         isinstance(resolved["negative_excludes_positive"], bool),
         "negative_excludes_positive",
         "true or false",
     )
+    if resolved["negative_excludes_positive"] and labels is not None:
+        pair = not multi_class and {NEGATIVE, POSITIVE} <= set(labels)
+        require(pair, "negative_excludes_positive", f"false where {NEGATIVE} and {POSITIVE} are not two labels")
     replicates = resolved["bootstrap"]
     require(
         isinstance(replicates, numbers.Integral) and replicates >= 100,
@@ -79,62 +97,101 @@ def resolve_evaluation(settings: Mapping[str, Any] | None = None) -> dict[str, A
     return resolved
 
 
-def decide(probabilities: np.ndarray, cut: np.ndarray | float, evaluation: Mapping[str, Any]) -> np.ndarray:
+def decide(
+    probabilities: np.ndarray, cut: np.ndarray | float | None, evaluation: Mapping[str, Any], labels: Sequence[str]
+) -> np.ndarray:
     """Decisions at thresholds, then "Negative excludes Positive" where the settings ask for it.
 
     Args:
-        probabilities: ``(..., 5)``.
-        cut: Thresholds that broadcast.
+        probabilities: ``(..., L)``.
+        cut: Thresholds that broadcast; of no meaning where the likeliest class is taken.
         evaluation: Resolved settings.
+        labels: L names.
 
     Returns:
-        ``(..., 5)`` bool.
+        ``(..., L)`` bool.
     """
+    if evaluation["thresholds"] == thresholds.ARGMAX:
+        return thresholds.likeliest(probabilities)
     decisions = thresholds.apply_thresholds(probabilities, cut)
-    return exclude_positive(decisions) if evaluation["negative_excludes_positive"] else decisions
+    return exclude_positive(decisions, labels) if evaluation["negative_excludes_positive"] else decisions
+
+
+def clip_probabilities(
+    results: StudyResults, probabilities: np.ndarray, evaluation: Mapping[str, Any], samples: np.ndarray | None = None
+) -> np.ndarray:
+    """From samples to clips under the study's rules for phases and views.
+
+    Args:
+        results: The study.
+        probabilities: ``(..., N, L)`` of all samples, or of some.
+        evaluation: Resolved settings.
+        samples: ``(N',)`` which samples these are, every one of each of their clips; None for all.
+
+    Returns:
+        ``(..., C, L)``, or of the clips of ``samples``, by their rising index.
+    """
+    samples = np.arange(len(results.sample_clip)) if samples is None else samples
+    clips, clip = np.unique(results.sample_clip[samples], return_inverse=True)
+    return combine_samples(
+        probabilities,
+        clip.reshape(-1),
+        results.sample_view[samples],
+        results.sample_phase[samples],
+        len(clips),
+        evaluation["views"],
+        evaluation["phases"],
+    )
 
 
 @dataclasses.dataclass(frozen=True)
 class HeldOut:
     """The scored clips and the honest choices for them, ready for any figure.
 
-    N scored clips, F folds, S complete seeds, five labels.
+    N scored clips, F folds, S complete seeds, L labels.
 
     Attributes:
+        labels: L names.
+        multi_class: Whether exactly one label is present in a clip.
         row: ``(N,)`` place of each clip among the study's labelled clips.
         name: ``(N,)`` clip names.
         fold: ``(N,)``.
         subject: ``(N,)``, ``''`` where unknown.
-        truth: ``(N, 5)`` bool.
-        mask: ``(N, 5)`` bool, False where the label is unknown.
+        database: ``(N,)``, ``''`` where there is only one.
+        truth: ``(N, L)`` bool.
+        mask: ``(N, L)`` bool, False where the label is unknown.
         seeds: ``(S,)`` seeds that finished in every fold.
         member: ``(F, S)`` index of each member, folds rising.
-        thresholds: ``(F, 5)`` honest thresholds.
-        probabilities: ``(S, N, 5)`` of the clips, each by the members that hold it out.
+        thresholds: ``(F, L)`` honest thresholds; None where the likeliest class is taken.
+        probabilities: ``(S, N, L)`` of the clips, each by the members that hold it out.
         evaluation: The resolved settings.
     """
 
+    labels: tuple[str, ...]
+    multi_class: bool
     row: np.ndarray
     name: np.ndarray
     fold: np.ndarray
     subject: np.ndarray
+    database: np.ndarray
     truth: np.ndarray
     mask: np.ndarray
     seeds: np.ndarray
     member: np.ndarray
-    thresholds: np.ndarray
+    thresholds: np.ndarray | None
     probabilities: np.ndarray
     evaluation: dict[str, Any]
 
-    def decide(self, probabilities: np.ndarray, cut: np.ndarray | float) -> np.ndarray:
-        """Decisions ``(..., 5)`` under the study's settings, see :func:`decide`."""
-        return decide(probabilities, cut, self.evaluation)
+    def decide(self, probabilities: np.ndarray, cut: np.ndarray | float | None) -> np.ndarray:
+        """Decisions ``(..., L)`` under the study's settings, see :func:`decide`."""
+        return decide(probabilities, cut, self.evaluation, self.labels)
 
     def take_clips(self, order: np.ndarray) -> "HeldOut":
         """The same study with its clips in another order ``(N,)``."""
+        by_clip = ("row", "name", "fold", "subject", "database", "truth", "mask")
         return dataclasses.replace(
             self,
-            **{name: getattr(self, name)[order] for name in ("row", "name", "fold", "subject", "truth", "mask")},
+            **{name: getattr(self, name)[order] for name in by_clip},
             probabilities=self.probabilities[:, order],
         )
 
@@ -144,9 +201,26 @@ class HeldOut:
         return np.unique(self.fold, return_inverse=True)[1]
 
     @property
+    def cut(self) -> np.ndarray | None:
+        """``(N, L)`` the honest threshold of each clip and label; None where the likeliest class is taken."""
+        return None if self.thresholds is None else self.thresholds[self.fold_index]
+
+    @property
     def decisions(self) -> np.ndarray:
-        """``(S, N, 5)`` the honest decisions."""
-        return self.decide(self.probabilities, self.thresholds[self.fold_index])
+        """``(S, N, L)`` the honest decisions."""
+        return self.decide(self.probabilities, self.cut)
+
+    @property
+    def people(self) -> list[str]:
+        """N subjects as no two databases share them: two data sets may both have a subject ``01``."""
+        pairs = zip(self.database.tolist(), self.subject.tolist(), strict=True)
+        return [f"{database}/{subject}" if subject else "" for database, subject in pairs]
+
+    @property
+    def single_subject_folds(self) -> bool:
+        """Whether each fold is one subject (leave-one-subject-out), whose clips may all be of one class."""
+        people = self.people
+        return all(people) and len(set(zip(people, self.fold.tolist(), strict=True))) == len(np.unique(self.fold))
 
 
 class StudyMembers:
@@ -162,10 +236,8 @@ class StudyMembers:
         self.truth, self.mask = labels == 1, labels != UNKNOWN_LABEL
         # A study may train some of its folds only; the other clips are not scored, but serve as inner clips.
         self.folds = np.unique(results.member_fold)
-        # (M, C, 5), of which only the scored clips are kept.
-        self.probabilities = combine_views(
-            results.probabilities, results.sample_clip, len(results.clip_name), evaluation["views"]
-        )[:, self.rows]
+        # (M, C, L), of which only the scored clips are kept.
+        self.probabilities = clip_probabilities(results, results.probabilities, evaluation)[:, self.rows]
         self.inner = results.inner_clips()[:, self.rows]
         self.setting, self.settings = self._group_settings()
         self.tuned = evaluation["thresholds"] in thresholds.TUNED_MODES
@@ -194,16 +266,18 @@ class StudyMembers:
         return found[np.argsort(results.member_seed[found])]
 
     def inner_rows(self, setting: int, fold: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Truth, probabilities, mask, each ``(R, 5)``, of the inner clips of a fold's members, all seeds."""
+        """Truth, probabilities, mask, each ``(R, L)``, of the inner clips of a fold's members, all seeds."""
         member, clip = np.nonzero(self.inner[self.members(setting, fold)])
         member = self.members(setting, fold)[member]
         return self.truth[clip], self.probabilities[member, clip], self.mask[clip]
 
-    def thresholds(self, setting: int, fold: int) -> np.ndarray:
-        """``(5,)`` honest thresholds for a held-out fold."""
+    def thresholds(self, setting: int, fold: int) -> np.ndarray | None:
+        """``(L,)`` honest thresholds for a held-out fold; None where the likeliest class is taken."""
+        if self.evaluation["thresholds"] == thresholds.ARGMAX:
+            return None
         if not self.tuned:
             fixed = np.asarray(self.evaluation["fixed_threshold"], self.probabilities.dtype)
-            return np.broadcast_to(fixed, (len(LABELS),))
+            return np.broadcast_to(fixed, (len(self.results.labels),))
         key = (setting, int(fold))
         if key not in self._thresholds:
             truth, probabilities, mask = self.inner_rows(setting, fold)
@@ -218,11 +292,16 @@ class StudyMembers:
         return self._thresholds[key]
 
     def inner_loss(self, setting: int, fold: int) -> float | None:
-        """Binary cross-entropy of the inner clips' probabilities: the honest figure to choose settings by."""
+        """Cross-entropy of the inner clips' probabilities: the honest figure to choose settings by.
+
+        Binary and averaged over labels in a multi-label study, that of the true class in a multi-class one.
+        """
         truth, probabilities, mask = self.inner_rows(setting, fold)
         if not mask.any():
             return None
         p = np.clip(probabilities.astype(np.float64), 1e-7, 1 - 1e-7)
+        if self.results.multi_class:
+            return float(-np.log(p[truth]).mean())
         return float(-np.where(truth, np.log(p), np.log1p(-p))[mask].mean())
 
     def choose_settings(self) -> list[int]:
@@ -266,18 +345,21 @@ class StudyMembers:
         )  # (F, S)
         row = np.flatnonzero(np.isin(self.fold, self.folds))
         index = np.searchsorted(self.folds, self.fold[row])
-        tuned = np.stack([self.thresholds(s, f) for s, f in zip(chosen, self.folds, strict=True)])
-        by_seed = self.probabilities[member[index].T, row]  # (S, N, 5)
+        tuned = [self.thresholds(s, f) for s, f in zip(chosen, self.folds, strict=True)]
+        by_seed = self.probabilities[member[index].T, row]  # (S, N, L)
         return HeldOut(
+            labels=results.labels,
+            multi_class=results.multi_class,
             row=row,
             name=results.clip_name[self.rows[row]],
             fold=self.fold[row],
             subject=results.clip_subject[self.rows[row]],
+            database=results.clip_database[self.rows[row]],
             truth=self.truth[row],
             mask=self.mask[row],
             seeds=seeds,
             member=member,
-            thresholds=tuned,
+            thresholds=None if results.multi_class else np.stack(tuned),
             probabilities=by_seed,
             evaluation=self.evaluation,
         )
@@ -293,5 +375,5 @@ def held_out(results: StudyResults, evaluation: Mapping[str, Any] | None = None)
     Raises:
         UserError: Nothing to score, or no inner-split predictions although thresholds shall be tuned.
     """
-    study = StudyMembers(results, resolve_evaluation(evaluation))
+    study = StudyMembers(results, resolve_evaluation(evaluation, results.labels, results.multi_class))
     return study.held_out(study.choose_settings())

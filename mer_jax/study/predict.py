@@ -10,8 +10,7 @@ from mer_jax.clips.layouts import LABELS
 from mer_jax.errors import UserError
 from mer_jax.evaluation.released import write_submission
 from mer_jax.evaluation.thresholds import tune_thresholds
-from mer_jax.evaluation.views import combine_views
-from mer_jax.study.held_out import StudyMembers, decide, resolve_evaluation
+from mer_jax.study.held_out import StudyMembers, clip_probabilities, decide, resolve_evaluation
 from mer_jax.study.results import StudyResults
 from mer_jax.study.summary import read_evaluation
 
@@ -21,20 +20,22 @@ class Predictions:
     """What a study says of some clips.
 
     Attributes:
+        labels: L names of labels or classes.
         clip_name: ``(K,)`` str.
         clip_id: ``(K,)`` int64.
-        mean: ``(K, 5)`` probability, mean over members; NaN where no member may speak.
-        spread: ``(K, 5)`` standard deviation over members; 0 for one member.
-        thresholds: ``(K, 5)`` those that decide.
-        decisions: ``(K, 5)`` bool.
+        mean: ``(K, L)`` probability, mean over members; NaN where no member may speak.
+        spread: ``(K, L)`` standard deviation over members; 0 for one member.
+        thresholds: ``(K, L)`` those that decide; None in a multi-class study, where the likeliest class is taken.
+        decisions: ``(K, L)`` bool.
         members: ``(K,)`` number of members behind each clip.
     """
 
+    labels: tuple[str, ...]
     clip_name: np.ndarray
     clip_id: np.ndarray
     mean: np.ndarray
     spread: np.ndarray
-    thresholds: np.ndarray
+    thresholds: np.ndarray | None
     decisions: np.ndarray
     members: np.ndarray
 
@@ -57,7 +58,7 @@ def predict(results: StudyResults, evaluation: dict, *, split: str, member: str 
     Raises:
         UserError: No such clips or member, or the member diverged.
     """
-    study = StudyMembers(results, resolve_evaluation(evaluation))
+    study = StudyMembers(results, resolve_evaluation(evaluation, results.labels, results.multi_class))
     clips = np.flatnonzero(results.clip_split == split)
     if not len(clips):
         raise UserError(f"the data set of this study has no {split} clips; build it with them and train again")
@@ -71,30 +72,33 @@ def predict(results: StudyResults, evaluation: dict, *, split: str, member: str 
     everyone = np.concatenate(list(speakers.values()))
     if not len(everyone):
         raise UserError("every member of this study diverged; lower config.train.learning_rate and train again")
-    probabilities = combine_views(
-        results.probabilities[everyone], results.sample_clip, len(results.clip_name), study.evaluation["views"]
-    )[:, clips]  # (members, K, 5)
+    probabilities = clip_probabilities(results, results.probabilities[everyone], study.evaluation)[
+        :, clips
+    ]  # (members, K, L)
 
     # A training clip may be predicted only by those that held it out: (members, K).
     allowed = np.ones(probabilities.shape[:2], bool)
     if split == "train":
         allowed = results.clip_fold[clips] == results.member_fold[everyone][:, None]
-        thresholds = np.full((len(clips), len(LABELS)), np.nan)
+    thresholds = None
+    if not results.multi_class and split == "train":
+        thresholds = np.full((len(clips), len(results.labels)), np.nan)
         for fold, setting in chosen.items():
             thresholds[results.clip_fold[clips] == fold] = study.thresholds(setting, fold)
-    else:
-        thresholds = np.broadcast_to(_pooled_thresholds(study, chosen), (len(clips), len(LABELS)))
+    elif not results.multi_class:
+        thresholds = np.broadcast_to(_pooled_thresholds(study, chosen), (len(clips), len(results.labels)))
     members = allowed.sum(axis=0)
     weight = (allowed / np.maximum(members, 1))[..., None]  # (members, K, 1)
     mean = np.where(members[:, None] > 0, (weight * probabilities).sum(axis=0), np.nan)
     spread = np.sqrt((weight * (probabilities - mean) ** 2).sum(axis=0))
     return Predictions(
+        labels=results.labels,
         clip_name=results.clip_name[clips],
         clip_id=results.clip_id[clips],
         mean=mean,
         spread=spread,
         thresholds=thresholds,
-        decisions=decide(mean.astype(np.float32), thresholds, study.evaluation),
+        decisions=decide(mean.astype(np.float32), thresholds, study.evaluation, results.labels),
         members=members,
     )
 
@@ -111,7 +115,7 @@ def _find_member(results: StudyResults, member: str) -> int:
 
 
 def _pooled_thresholds(study: StudyMembers, chosen: dict[int, int]) -> np.ndarray:
-    """``(5,)`` thresholds from the inner predictions of all folds: none of the test clips is among them."""
+    """``(L,)`` thresholds from the inner predictions of all folds: none of the test clips is among them."""
     if not study.tuned or len(chosen) == 1:
         fold, setting = next(iter(chosen.items()))
         return study.thresholds(setting, fold)
@@ -134,12 +138,19 @@ def predict_run(
         workdir: The run folder.
         split: ``'test'`` or ``'train'``.
         member: A member's id, or None for the ensemble.
-        submission: Where to write ``Id,Negative,Positive,Repression,Surprise,Others``; None writes nothing.
+        submission: Where to write ``Id,Negative,Positive,Repression,Surprise,Others``, the challenge's file for its
+            five labels; None writes nothing.
 
     Raises:
         UserError: As :func:`predict`, or the file cannot be written.
     """
-    predictions = predict(StudyResults.load(workdir), read_evaluation(workdir), split=split, member=member)
+    results = StudyResults.load(workdir)
+    if submission and results.labels != LABELS:
+        raise UserError(
+            f"--submission={submission}: the challenge's file is for {', '.join(LABELS)}; this study's labels are "
+            f"{', '.join(results.labels)}: leave the flag out"
+        )
+    predictions = predict(results, read_evaluation(workdir), split=split, member=member)
     print(format_predictions(predictions))
     if submission:
         if not predictions.members.all():
@@ -155,9 +166,10 @@ def predict_run(
 
 def format_predictions(predictions: Predictions) -> str:
     """A table for the terminal: probability ± spread over members, ``*`` where the label is predicted."""
+    column = max(15, *(len(label) + 2 for label in predictions.labels))
     width = max(len("clip"), *(len(name) for name in predictions.clip_name))
     several = predictions.members.max() > 1
-    lines = [f"{'clip':<{width}}" + "".join(f"{label:>15}" for label in LABELS)]
+    lines = [f"{'clip':<{width}}" + "".join(f"{label:>{column}}" for label in predictions.labels)]
     for row, name in enumerate(predictions.clip_name):
         cells = [
             f"{mean:.2f}{f' ± {spread:.2f}' if several else ''} {'*' if present else ' '}"
@@ -167,7 +179,7 @@ def format_predictions(predictions: Predictions) -> str:
                 predictions.mean[row], predictions.spread[row], predictions.decisions[row], strict=True
             )
         ]
-        lines.append(f"{name:<{width}}" + "".join(f"{cell:>15}" for cell in cells))
+        lines.append(f"{name:<{width}}" + "".join(f"{cell:>{column}}" for cell in cells))
     members = f"; ± standard deviation over {predictions.members.max()} members" if several else ""
     lines.append(f"* predicted{members}")
     return "\n".join(lines)

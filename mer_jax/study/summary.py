@@ -3,6 +3,9 @@
 Two kinds of figures are kept apart. The honest ones choose nothing on the held-out fold (see
 :mod:`mer_jax.study.held_out`). The ones under ``leaky`` choose the epoch, the thresholds or both on the
 held-out fold, as many published scores do, and exist only so that the difference can be read.
+
+A multi-class study decides by the likeliest class, so thresholds have no part in it; there ``macro_f1`` is the UF1 and
+``uar`` the UAR of MEGC2019.
 """
 
 import json
@@ -13,89 +16,121 @@ from typing import Any
 
 import numpy as np
 
-from mer_jax.clips.layouts import LABELS
 from mer_jax.errors import UserError
 from mer_jax.evaluation import metrics, statistics, thresholds
-from mer_jax.evaluation.views import combine_views
 from mer_jax.files import atomic_write_text
-from mer_jax.study.held_out import HeldOut, StudyMembers, decide, resolve_evaluation
+from mer_jax.study.held_out import HeldOut, StudyMembers, clip_probabilities, decide, resolve_evaluation
 from mer_jax.study.results import TEST, StudyResults
 
 SUMMARY_FILENAME = "summary.json"
 CONFIG_FILENAME = "config.json"
-SCHEMA = 1
+SCHEMA = 2
 HALF_WIDTHS = (0.05, 0.03, 0.02, 0.01, 0.005)
 CURVE_THRESHOLDS = np.round(np.arange(0.01, 1.0, 0.01), 2)
 RARE = 10
 
-DEFINITIONS = {
-    "macro_f1": "Binary macro-F1: F1 of 'present' for each of the five labels, 0 where a label is neither in "
+_MULTI_LABEL_DEFINITIONS = {
+    "macro_f1": "Binary macro-F1: F1 of 'present' for each label, 0 where a label is neither in "
     "the truth nor predicted, averaged over the labels.",
     "present_absent_macro_f1": "For each label the mean of F1(present) and F1(absent), averaged over the "
     "labels; far higher than macro-F1 on the same decisions.",
     "uar": "Unweighted average recall of 'present' over the labels; does not punish false alarms.",
     "balanced_accuracy": "Mean over labels of the mean recall of 'present' and 'absent'; 0.5 for a constant answer.",
+    "fold_mean": "Each held-out fold is scored by itself, then the folds are averaged (the fusion paper's figure).",
+    "honest": "Nothing chosen on the held-out fold: tuned thresholds come from inner-split predictions of "
+    "the members that hold the fold out, pooled over seeds. With early stopping the same inner clips chose "
+    "the epoch, so inner figures are a little too high; held-out figures are not.",
+    "untuned": "The same probabilities, present at 0.5 or more.",
+    "fixed": "The same probabilities, present at evaluation.fixed_threshold or more.",
+    "leaky": "Epoch or thresholds chosen on the held-out fold itself: too high by construction, to compare only.",
+}
+_MULTI_CLASS_DEFINITIONS = {
+    "macro_f1": "UF1: F1 of each class against the rest, 0 where a class is neither in the truth nor predicted, "
+    "averaged over the classes; the likeliest class is predicted, the first of equals.",
+    "uar": "UAR: recall of each class, 0 where a class is not in the truth, averaged over the classes.",
+    "accuracy": "Share of the clips whose class is predicted.",
+    "fold_mean": "Each held-out fold is scored by itself, then the folds are averaged. It is not the figure that "
+    "MEGC2019 reports: a subject lacks classes, which count 0, so it is far lower than the pooled one.",
+    "honest": "Nothing chosen on the held-out fold: the epoch is the last, or that of the least loss on an inner "
+    "split of the training clips.",
+    "leaky": "Per held-out fold and seed the epoch of the highest accuracy on that very fold, the first of equals, "
+    "then pooled, as the field often does: too high by construction, to compare only.",
+}
+_DEFINITIONS = {
     "auroc": "Area under the ROC curve per label; labels without positives or negatives are left out, and counted.",
     "average_precision": "Average precision per label; labels without positives are left out, and counted.",
-    "pooled": "The held-out decisions of all folds are put together and scored once per seed. For labels "
-    "this is UF1 (macro_f1) and UAR (uar) as MEGC pools them.",
-    "fold_mean": "Each held-out fold is scored by itself, then the folds are averaged (the fusion paper's figure).",
+    "pooled": "The held-out decisions of all folds are put together and scored once per seed, as MEGC2019 does.",
+    "databases": "The pooled decisions of the clips of one database, scored by themselves. A class that a database "
+    "lacks keeps its rule: it counts 0.",
     "values": "One score per seed; the mean is the expected score of one training run, not of an ensemble, at "
     "thresholds that all seeds of a fold share.",
     "seed_ci": "Bootstrap over seeds: training noise only, for these clips, and without the noise of tuning "
     "thresholds, which seeds share; percentile, and BCa beside it.",
     "clip_ci": "Bootstrap over held-out clips (subjects where known) and seeds together: what to trust for "
     "new clips. Trained models and thresholds are kept, so the effect of other training clips is not in it.",
-    "honest": "Nothing chosen on the held-out fold: tuned thresholds come from inner-split predictions of "
-    "the members that hold the fold out, pooled over seeds. With early stopping the same inner clips chose "
-    "the epoch, so inner figures are a little too high; held-out figures are not.",
-    "untuned": "The same probabilities, present at 0.5 or more.",
-    "ensemble": "Probabilities averaged over the seeds of a fold before they are thresholded. The thresholds are "
+    "ensemble": "Probabilities averaged over the seeds of a fold before anything is decided. Thresholds are "
     "those of single members; a mean varies less, so they are not the best for it.",
-    "chance": "The same decisions against label vectors permuted within each held-out fold.",
-    "variance": "Two-way random effects on the (fold, seed) macro-F1 matrix by the method of moments, cut off at 0.",
-    "leaky": "Epoch or thresholds chosen on the held-out fold itself: too high by construction, to compare only.",
+    "chance": "The same decisions against labels permuted within each held-out fold; within each database where the "
+    "task is multi-class or each fold is one subject.",
+    "variance": "Two-way random effects on the (fold, seed) macro-F1 matrix by the method of moments, cut off at 0. "
+    "Left out where each fold is one subject: the score of a few clips says mostly which classes the subject has.",
     "seeds_needed": "Seeds for a t interval of the pooled macro-F1 of at most this half width; training noise only.",
 }
 
-_PAIR_NAMES = ("macro_f1", "present_absent_macro_f1", "uar", "balanced_accuracy")
-_NUM_PAIRS = len(_PAIR_NAMES)
+# Whether exactly one label is present in a clip -> the figures of a block.
+_FIGURES: dict[bool, dict[str, Callable[[metrics.Counts], np.ndarray]]] = {
+    False: {
+        "macro_f1": metrics.macro_f1,
+        "present_absent_macro_f1": metrics.present_absent_macro_f1,
+        "uar": metrics.multilabel_uar,
+        "balanced_accuracy": metrics.balanced_accuracy,
+    },
+    True: {"macro_f1": metrics.macro_f1, "uar": metrics.multilabel_uar, "accuracy": metrics.accuracy},
+}
 
 
-def _figures(counts: metrics.Counts) -> np.ndarray:
-    """All count-based figures along the last axis: ``_PAIR_NAMES``, then F1 per label."""
-    single = np.stack(
-        [
-            metrics.macro_f1(counts),
-            metrics.present_absent_macro_f1(counts),
-            metrics.multilabel_uar(counts),
-            metrics.balanced_accuracy(counts),
-        ],
-        axis=-1,
-    )
-    return np.concatenate([single, metrics.binary_f1(counts)], axis=-1)
+def definitions(multi_class: bool) -> dict[str, str]:
+    """What each figure of a summary means, in words."""
+    return (_MULTI_CLASS_DEFINITIONS if multi_class else _MULTI_LABEL_DEFINITIONS) | _DEFINITIONS
 
 
 class _Scorer:
     """Scores decisions for the same clips and seeds with one set of draws, so that figures are paired."""
 
-    def __init__(self, held: HeldOut):
+    def __init__(self, held: HeldOut, draws: statistics.Resampling | None = None):
         self.held = held
+        self.names = tuple(_FIGURES[held.multi_class])
         self.confidence = held.evaluation["confidence"]
-        self.draws = statistics.make_resampling(
-            held.fold, held.subject.tolist(), len(held.seeds), held.evaluation["bootstrap"]
+        self.draws = draws or statistics.make_resampling(
+            held.fold, held.people, len(held.seeds), held.evaluation["bootstrap"]
         )
 
-    def replicates(self, decisions: np.ndarray) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-        """For pooled and fold_mean: figures of each seed ``(S, K)``, bootstrap means ``(B, K)``."""
+    def figures(self, counts: metrics.Counts) -> np.ndarray:
+        """All K count-based figures along the last axis: those of ``names``, then F1 per label."""
+        single = [figure(counts) for figure in _FIGURES[self.held.multi_class].values()]
+        return np.concatenate([np.stack(single, axis=-1), metrics.binary_f1(counts)], axis=-1)
+
+    def by_label(self, score: Callable[[int], Any]) -> dict[str, Any]:
+        """``score`` of the place of each label's F1 among the figures."""
+        return {label: score(len(self.names) + index) for index, label in enumerate(self.held.labels)}
+
+    def only(self, rows: np.ndarray) -> "_Scorer":
+        """A scorer of the pooled clips ``rows`` alone, on the same draws, so that it is paired with the whole's."""
+        return _Scorer(self.held.take_clips(rows), self.draws._replace(clips=self.draws.clips[:, rows]))
+
+    def replicates(
+        self, decisions: np.ndarray, averages: tuple[str, ...] = ("pooled", "fold_mean")
+    ) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+        """For each average: figures of each seed ``(S, K)``, bootstrap means ``(B, K)``."""
         held, found, draws = self.held, {}, self.draws
         if len(decisions) != len(held.seeds):  # an ensemble has no seeds to draw
             draws = draws._replace(seeds=np.ones((len(draws.clips), len(decisions))))
         everything = np.ones((1, len(held.fold)))
         args = (held.truth, decisions, held.mask)
-        for name, groups in (("pooled", None), ("fold_mean", held.fold)):
-            values = statistics.weighted_scores(*args, everything, _figures, groups)[0]
-            found[name] = values, statistics.hierarchical_replicates(*args, draws, _figures, groups)
+        for name in averages:
+            groups = held.fold if name == "fold_mean" else None
+            values = statistics.weighted_scores(*args, everything, self.figures, groups)[0]
+            found[name] = values, statistics.hierarchical_replicates(*args, draws, self.figures, groups)
         return found
 
     def score(self, values: np.ndarray, replicates: np.ndarray) -> dict[str, Any]:
@@ -115,33 +150,54 @@ class _Scorer:
         return statistics.centred_interval(replicates, estimate, self.confidence, bounds=(0.0, 1.0))
 
     def block(self, decisions: np.ndarray) -> tuple[dict[str, Any], dict[str, tuple[np.ndarray, np.ndarray]]]:
-        """A Block for decisions ``(S, N, 5)``, and the replicates behind it."""
+        """A Block for decisions ``(S, N, L)``, and the replicates behind it."""
         found = self.replicates(decisions)
 
         def pair(index):
             return {name: self.score(v[:, index], r[:, index]) for name, (v, r) in found.items()}
 
-        counts = metrics.confusion_counts(self.held.truth, decisions, self.held.mask)
-        block = {name: pair(index) for index, name in enumerate(_PAIR_NAMES)}
-        block["per_class_f1"] = {label: pair(_NUM_PAIRS + index) for index, label in enumerate(LABELS)}
+        held = self.held
+        counts = metrics.confusion_counts(held.truth, decisions, held.mask)
+        block = {name: pair(index) for index, name in enumerate(self.names)}
+        block["per_class_f1"] = self.by_label(pair)
         block["confusion"] = {
             label: {cell: getattr(counts, cell)[:, index].mean() for cell in counts._fields}
-            for index, label in enumerate(LABELS)
+            for index, label in enumerate(held.labels)
         }
+        if held.multi_class:
+            matrix = np.einsum("nt,snp->tp", held.truth.astype(float), decisions.astype(float)) / len(decisions)
+            block["confusion_matrix"] = {
+                label: dict(zip(held.labels, row, strict=True)) for label, row in zip(held.labels, matrix, strict=True)
+            }
         return block, found
 
-    def inflation(self, leaky: dict, honest: dict) -> dict[str, Any]:
-        """How much higher the leaky macro-F1 is, on the same draws."""
-        inflation = {}
-        for name in honest:
-            (values, replicates), (reference, reference_replicates) = leaky[name], honest[name]
-            mean = (values - reference)[:, 0].mean()
-            inflation[name] = {
-                "mean": mean,
-                "clip_ci": statistics.centred_interval(
-                    (replicates - reference_replicates)[:, 0], mean, self.confidence
-                ),
+    def values(self, decisions: np.ndarray, averages: tuple[str, ...] = ("pooled", "fold_mean")) -> dict[str, Any]:
+        """For decisions ``(1, N, L)`` without seeds: each figure's value and its interval over clips."""
+        found = self.replicates(decisions, averages)
+
+        def pair(index):
+            return {
+                name: {
+                    "value": values[0, index],
+                    "clip_ci": self.clip_interval(replicates[:, index], values[0, index]),
+                }
+                for name, (values, replicates) in found.items()
             }
+
+        return {name: pair(index) for index, name in enumerate(self.names)} | {"per_class_f1": self.by_label(pair)}
+
+    def inflation(self, leaky: dict, honest: dict) -> dict[str, Any]:
+        """How much higher the leaky macro-F1 is, on the same draws; in a multi-class study ``uar``, too."""
+
+        def gain(name, index):
+            (values, replicates), (reference, reference_replicates) = leaky[name], honest[name]
+            mean = (values - reference)[:, index].mean()
+            difference = (replicates - reference_replicates)[:, index]
+            return {"mean": mean, "clip_ci": statistics.centred_interval(difference, mean, self.confidence)}
+
+        inflation = {name: gain(name, 0) for name in honest}
+        if self.held.multi_class:
+            inflation["uar"] = {name: gain(name, self.names.index("uar")) for name in honest}
         return inflation
 
 
@@ -155,42 +211,56 @@ def summarise(results: StudyResults, evaluation: Mapping[str, Any] | None = None
     Returns:
         A dict of plain Python values, ready for JSON; undefined figures are None. Its keys:
 
-        * ``labels``, ``definitions``, ``evaluation`` (resolved), ``notes`` (sentences to print with the
-          figures);
+        * ``labels``, ``task``, ``definitions``, ``evaluation`` (resolved), ``notes`` (sentences to print with
+          the figures);
         * ``study``: what was scored: clips, folds, seeds, members, those that diverged;
-        * ``honest``, ``untuned``: blocks of figures, each ``pooled`` and ``fold_mean`` with mean, sd,
-          intervals and one value per seed; F1 and confusion per label;
+        * ``honest``, ``untuned``, ``fixed``: blocks of figures, each ``pooled`` and ``fold_mean`` with mean, sd,
+          intervals and one value per seed; F1 and confusion per label, in a multi-class study the
+          ``confusion_matrix`` (true, then predicted), too. ``untuned`` is None in a multi-class study; ``fixed``
+          is there where thresholds are tuned and ``evaluation.fixed_threshold`` is not 0.5;
+        * ``databases``: the full set, then each database: pooled ``honest``, ``ensemble`` and ``leaky`` figures;
+          empty where there is one database;
         * ``ensemble``, ``auroc``, ``average_precision``, ``chance``, ``baselines``, ``variance``,
           ``seeds_needed``;
         * ``folds``: scores of all finished members and the thresholds, fold by fold;
         * ``threshold_curve``: macro-F1 against one global threshold, on inner splits and (leaky) on held-out
-          clips;
-        * ``leaky``: the inflated figures, blocks with ``inflation`` over the honest ones;
+          clips; None in a multi-class study;
+        * ``leaky``: the inflated figures, blocks with ``inflation`` over the honest ones, None where what they
+          need was not kept; and ``global_threshold``, the best point of the held-out curve;
         * ``settings``: one entry per hyper-parameter setting.
 
     Raises:
         UserError: A setting is wrong, nothing can be scored, or thresholds cannot be tuned for want of inner
             splits.
     """
-    evaluation = resolve_evaluation(evaluation)
+    evaluation = resolve_evaluation(evaluation, results.labels, results.multi_class)
     study = StudyMembers(results, evaluation)
     chosen = study.choose_settings()
     held = study.held_out(chosen)
     scorer = _Scorer(held)
     honest, honest_replicates = scorer.block(held.decisions)
-    untuned, untuned_replicates = scorer.block(held.decide(held.probabilities, thresholds.UNTUNED))
+    untuned = untuned_replicates = fixed = None
+    if not held.multi_class:
+        untuned, untuned_replicates = scorer.block(held.decide(held.probabilities, thresholds.UNTUNED))
+    if study.tuned and evaluation["fixed_threshold"] != thresholds.UNTUNED:
+        fixed, _ = scorer.block(held.decide(held.probabilities, np.asarray(evaluation["fixed_threshold"])))
+    mean, members = _seed_means(study, chosen, held)
+    curve = _threshold_curve(study, chosen, held)
+    leaky = _leaky_decisions(study, held)
     everyone = np.unique(results.member_seed)
     incomplete = sorted(set(everyone.tolist()) - set(held.seeds.tolist()))
-    subjects = held.subject.tolist()
+    people = held.people
     summary = {
         "schema": SCHEMA,
-        "labels": LABELS,
-        "definitions": DEFINITIONS,
+        "labels": held.labels,
+        "task": results.task.item(),
+        "definitions": definitions(held.multi_class),
         "evaluation": evaluation,
         "study": {
             "clips": len(held.fold),
             "test_clips": int((results.clip_split == TEST).sum()),
-            "subjects": len(set(subjects)) if all(subjects) else None,
+            "subjects": len(set(people)) if all(people) else None,
+            "single_subject_folds": held.single_subject_folds,
             "folds": study.folds,
             "folds_left_out": np.setdiff1d(study.fold, study.folds).tolist(),
             "seeds": held.seeds,
@@ -199,20 +269,22 @@ def summarise(results: StudyResults, evaluation: Mapping[str, Any] | None = None
             "diverged": results.member_id[~results.ok],
             "incomplete_seeds": incomplete,
             "resampled": scorer.draws.unit,
-            "positives": dict(zip(LABELS, (held.truth & held.mask).sum(axis=0), strict=True)),
+            "positives": _positives(held.labels, held.truth, held.mask),
         },
         "honest": honest,
         "untuned": untuned,
-        "ensemble": _ensemble(study, chosen, scorer),
+        "fixed": fixed,
+        "databases": _databases(scorer, mean, leaky),
+        "ensemble": scorer.values(held.decide(mean, held.cut)) | {"members": members},
         "auroc": _rank_figures(held, metrics.auroc),
         "average_precision": _rank_figures(held, metrics.average_precision),
         "chance": _chance(held),
         "baselines": _baselines(held),
         "variance": _variance(held),
         "seeds_needed": _seeds_needed(honest["macro_f1"]["pooled"]["sd"], evaluation["confidence"]),
-        "folds": _folds(study, chosen),
-        "threshold_curve": _threshold_curve(study, chosen, held),
-        "leaky": _leaky(study, held, scorer, honest_replicates, untuned_replicates),
+        "folds": _folds(study, chosen, held),
+        "threshold_curve": curve,
+        "leaky": _leaky(study, scorer, leaky, honest_replicates, untuned_replicates, curve),
         "settings": _settings(study, chosen),
     }
     summary["notes"] = _notes(summary)
@@ -223,41 +295,65 @@ def _sd(values: np.ndarray) -> float | None:
     return float(values.std(ddof=1)) if len(values) > 1 else None
 
 
-def _ensemble(study: StudyMembers, chosen: list[int], scorer: _Scorer) -> dict[str, Any]:
-    held = scorer.held
+def _positives(labels: tuple[str, ...], truth: np.ndarray, mask: np.ndarray) -> dict[str, int]:
+    """Label to the number of clips that have it."""
+    return dict(zip(labels, (truth & mask).sum(axis=0), strict=True))
+
+
+def _seed_means(study: StudyMembers, chosen: list[int], held: HeldOut) -> tuple[np.ndarray, list[int]]:
+    """``(1, N, L)`` probabilities averaged over the finished members of each fold, and how many these are."""
     mean = np.empty((1, *held.truth.shape), study.probabilities.dtype)
     members = []
     for setting, fold in zip(chosen, study.folds, strict=True):
         found, rows = study.members(setting, fold), held.fold == fold
         mean[0, rows] = study.probabilities[found][:, held.row[rows]].mean(axis=0)
         members.append(len(found))
-    found = scorer.replicates(held.decide(mean, held.thresholds[held.fold_index]))
+    return mean, members
 
-    def pair(index):
-        return {
-            name: {
-                "value": values[0, index],
-                "clip_ci": scorer.clip_interval(replicates[:, index], values[0, index]),
-            }
-            for name, (values, replicates) in found.items()
+
+def _databases(scorer: _Scorer, mean: np.ndarray, leaky: Mapping[str, np.ndarray | None]) -> list[dict[str, Any]]:
+    """The pooled figures of all clips, then of each database, where there are several."""
+    held = scorer.held
+    names = np.unique(held.database).tolist()
+    if len(names) < 2:
+        return []
+    claimed = next(
+        (leaky[name] for name in ("both", "best_epoch", "heldout_thresholds") if leaky[name] is not None), None
+    )
+    single = held.decide(mean, held.cut)
+    entries = []
+    for name in (None, *names):
+        rows = np.arange(len(held.fold)) if name is None else np.flatnonzero(held.database == name)
+        part = scorer.only(rows)
+        entry: dict[str, Any] = {
+            "database": "full" if name is None else name,
+            "clips": len(rows),
+            "subjects": len(set(part.held.people)) if all(part.held.people) else None,
+            "positives": _positives(held.labels, part.held.truth, part.held.mask),
         }
-
-    return {
-        "macro_f1": pair(0),
-        "per_class_f1": {label: pair(_NUM_PAIRS + index) for index, label in enumerate(LABELS)},
-        "members": members,
-    }
+        for kind, decisions in (("honest", held.decisions), ("leaky", claimed)):
+            if decisions is None:
+                entry[kind] = None
+                continue
+            values, replicates = part.replicates(decisions[:, rows], ("pooled",))["pooled"]
+            entry[kind] = {
+                figure: part.score(values[:, index], replicates[:, index]) for index, figure in enumerate(part.names)
+            }
+        figures = part.values(single[:, rows], ("pooled",))
+        entry["ensemble"] = {figure: figures[figure]["pooled"] for figure in part.names}
+        entries.append(entry)
+    return entries
 
 
 def _rank_figures(held: HeldOut, metric: Callable[..., np.ndarray]) -> dict[str, Any]:
     """AUROC or average precision per label and on average, pooled and per fold."""
-    pooled = metric(held.truth, held.probabilities, held.mask)[None]  # (1, S, 5)
+    pooled = metric(held.truth, held.probabilities, held.mask)[None]  # (1, S, L)
     by_fold = np.stack(
         [
             metric(held.truth[rows], held.probabilities[:, rows], held.mask[rows])
             for rows in (held.fold == fold for fold in np.unique(held.fold))
         ]
-    )  # (F, S, 5)
+    )  # (F, S, L)
 
     def score(cells):
         """From cells ``(cells, S)``, NaN where undefined."""
@@ -273,7 +369,7 @@ def _rank_figures(held: HeldOut, metric: Callable[..., np.ndarray]) -> dict[str,
         return {"pooled": score(select(pooled)), "fold_mean": score(select(by_fold))}
 
     return {
-        "per_class": {label: pair(lambda cells, c=c: cells[..., c]) for c, label in enumerate(LABELS)},
+        "per_class": {label: pair(lambda cells, c=c: cells[..., c]) for c, label in enumerate(held.labels)},
         "mean": {
             "pooled": score(pooled[0].T),
             "fold_mean": score(np.moveaxis(by_fold, 1, 2).reshape(-1, len(held.seeds))),
@@ -283,42 +379,56 @@ def _rank_figures(held: HeldOut, metric: Callable[..., np.ndarray]) -> dict[str,
 
 def _chance(held: HeldOut) -> dict[str, Any]:
     permutations = held.evaluation["bootstrap"]
-    pooled, fold_mean = statistics.chance_level(
+    # The few clips of one subject are too alike to trade labels, and multi-class scores are those of databases.
+    across_folds = held.multi_class or held.single_subject_folds
+    pooled, by_group = statistics.chance_level(
         held.truth,
         held.decisions,
         held.mask,
-        held.fold,
+        held.database if across_folds else held.fold,
         permutations,
         confidence=held.evaluation["confidence"],
     )
     return {
-        "macro_f1": {"pooled": pooled._asdict(), "fold_mean": fold_mean._asdict()},
+        "macro_f1": {"pooled": pooled._asdict(), "fold_mean": None if across_folds else by_group._asdict()},
+        "within": "databases" if across_folds else "folds",
         "permutations": permutations,
     }
 
 
 def _baselines(held: HeldOut) -> dict[str, Any]:
+    """Constant answers: every label, and what most of the other folds' clips have."""
     majority = np.zeros(held.truth.shape, bool)
     for fold in np.unique(held.fold):
         training = held.fold != fold
         present = (held.truth & held.mask)[training].sum(axis=0)
-        majority[held.fold == fold] = 2 * present > held.mask[training].sum(axis=0)
+        if held.multi_class:
+            majority[held.fold == fold] = thresholds.likeliest(present.astype(np.float64))
+        else:
+            majority[held.fold == fold] = 2 * present > held.mask[training].sum(axis=0)
+    constant = {"majority": majority}
+    if not held.multi_class:
+        constant["all_positive"] = np.ones_like(majority)
     everything = np.ones((1, len(held.fold)))
-    constant = {"all_positive": np.ones_like(majority), "majority": majority}
+
+    def score(decisions, metric, groups):
+        return statistics.weighted_scores(held.truth, decisions[None], held.mask, everything, metric, groups).item()
+
     return {
         name: {
-            "macro_f1": {
-                average: statistics.weighted_scores(
-                    held.truth, decisions[None], held.mask, everything, groups=groups
-                ).item()
+            figure: {
+                average: score(decisions, metric, groups)
                 for average, groups in (("pooled", None), ("fold_mean", held.fold))
             }
+            for figure, metric in (("macro_f1", metrics.macro_f1), ("uar", metrics.multilabel_uar))
         }
         for name, decisions in constant.items()
     }
 
 
 def _variance(held: HeldOut) -> dict[str, Any] | None:
+    if held.single_subject_folds:
+        return None
     scores = statistics.seed_matrix(held.truth, held.decisions, held.mask, held.fold)  # (F, S)
     parts = statistics.variance_components(scores)
     if parts is None:
@@ -346,44 +456,48 @@ def _seeds_needed(sd: float | None, confidence: float) -> list[dict[str, Any]]:
     ]
 
 
-def _folds(study: StudyMembers, chosen: list[int]) -> list[dict[str, Any]]:
+def _folds(study: StudyMembers, chosen: list[int], held: HeldOut) -> list[dict[str, Any]]:
     entries = []
     for setting, fold in zip(chosen, study.folds, strict=True):
         rows, members = study.fold == fold, study.members(setting, fold)
         tuned = study.thresholds(setting, fold)
-        scores = metrics.macro_f1(_member_counts(study, members, rows, tuned))
-        entries.append(
-            {
-                "fold": fold,
-                "clips": int(rows.sum()),
-                "positives": dict(zip(LABELS, (study.truth & study.mask)[rows].sum(axis=0), strict=True)),
-                "seeds": study.results.member_seed[members],
-                "macro_f1": scores,
-                "mean": scores.mean(),
-                "sd": _sd(scores),
-                "thresholds": tuned,
-                "inner_clips": int(study.inner[members].any(axis=0).sum()),
-            }
-        )
+        decisions = decide(study.probabilities[members][:, rows], tuned, study.evaluation, held.labels)
+        counts = metrics.confusion_counts(study.truth[rows], decisions, study.mask[rows])
+        scores = metrics.macro_f1(counts)
+        here = held.fold == fold
+        entry = {
+            "fold": fold,
+            "subject": held.subject[here][0] if held.single_subject_folds else None,
+            "database": held.database[here][0] if len(set(held.database[here])) == 1 else "",
+            "clips": int(rows.sum()),
+            "positives": _positives(held.labels, study.truth[rows], study.mask[rows]),
+            "seeds": study.results.member_seed[members],
+            "macro_f1": scores,
+            "mean": scores.mean(),
+            "sd": _sd(scores),
+            "thresholds": tuned,
+            "inner_clips": int(study.inner[members].any(axis=0).sum()),
+        }
+        if held.multi_class:
+            accuracy = metrics.accuracy(counts)
+            entry |= {"accuracy": accuracy, "mean_accuracy": accuracy.mean()}
+        entries.append(entry)
     return entries
 
 
-def _member_counts(study: StudyMembers, members: np.ndarray, rows: np.ndarray, tuned: np.ndarray) -> metrics.Counts:
-    decisions = decide(study.probabilities[members][:, rows], tuned, study.evaluation)
-    return metrics.confusion_counts(study.truth[rows], decisions, study.mask[rows])
-
-
-def _threshold_curve(study: StudyMembers, chosen: list[int], held: HeldOut) -> dict[str, Any]:
+def _threshold_curve(study: StudyMembers, chosen: list[int], held: HeldOut) -> dict[str, Any] | None:
+    if held.multi_class:
+        return None
     heldout, heldout_per_class = thresholds.threshold_curve(held.truth, held.probabilities, CURVE_THRESHOLDS, held.mask)
     pooled = [study.inner_rows(s, f) for s, f in zip(chosen, study.folds, strict=True)]
     inner = inner_per_class = None
     if all(len(truth) for truth, _, _ in pooled):
         curves = [thresholds.threshold_curve(t, p, CURVE_THRESHOLDS, m) for t, p, m in pooled]
         inner = np.mean([macro for macro, _ in curves], axis=0)  # (G,)
-        inner_per_class = np.mean([per_class for _, per_class in curves], axis=0)  # (G, 5)
+        inner_per_class = np.mean([per_class for _, per_class in curves], axis=0)  # (G, L)
 
     def by_label(values):
-        return None if values is None else dict(zip(LABELS, values.T, strict=True))
+        return None if values is None else dict(zip(held.labels, values.T, strict=True))
 
     return {
         "threshold": CURVE_THRESHOLDS,
@@ -394,30 +508,38 @@ def _threshold_curve(study: StudyMembers, chosen: list[int], held: HeldOut) -> d
     }
 
 
-def _leaky(study: StudyMembers, held: HeldOut, scorer: _Scorer, honest: dict, untuned: dict) -> dict[str, Any]:
-    """What choosing on the held-out fold would have claimed; nothing here feeds any other figure."""
-    mode = held.evaluation["thresholds"] if study.tuned else "global"
+def _leaky_decisions(study: StudyMembers, held: HeldOut) -> dict[str, np.ndarray | None]:
+    """What choosing on the held-out fold would have decided, each ``(S, N, L)`` or None for want of curves.
+
+    Nothing here feeds any figure that is not labelled leaky.
+    """
     shape = (len(held.seeds), *held.truth.shape)
-    names = ("best_epoch", "best_epoch_untuned", "heldout_thresholds", "both")
-    decisions = {name: np.zeros(shape, bool) for name in names}
+    names = ("best_epoch",) if held.multi_class else ("best_epoch", "best_epoch_untuned", "heldout_thresholds", "both")
+    decisions: dict[str, np.ndarray | None] = {name: np.zeros(shape, bool) for name in names}
     curves = bool(study.results.curve_probabilities.shape[1] and study.results.curve_sample.shape[1])
+    mode = _leaky_mode(study)
     for index, fold in enumerate(study.folds):
         rows = np.flatnonzero(held.fold == fold)
         truth, mask = held.truth[rows], held.mask[rows]
         for seed, member in enumerate(held.member[index]):
-            last = held.probabilities[seed, rows]  # (n, 5)
-            decisions["heldout_thresholds"][seed, rows] = held.decide(
-                last, thresholds.oracle_thresholds(truth, last, mode, mask)
-            )
+            if not held.multi_class:
+                last = held.probabilities[seed, rows]  # (n, L)
+                cut = thresholds.oracle_thresholds(truth, last, mode, mask)
+                decisions["heldout_thresholds"][seed, rows] = held.decide(last, cut)
             if not curves:
                 continue
-            epochs = _epoch_probabilities(study, member, held.row[rows])  # (E, n, 5)
+            epochs = _epoch_probabilities(study, member, held.row[rows])  # (E, n, L)
             present = ~np.isnan(epochs).any(axis=(1, 2))
             if not present.any():
                 curves = False
                 continue
             epochs = epochs[present]
-            oracle = thresholds.oracle_thresholds(truth, epochs, mode, mask)[:, None]  # (E, 1, 5)
+            if held.multi_class:
+                made = held.decide(epochs, None)
+                # The first of the epochs that have the most clips right.
+                decisions["best_epoch"][seed, rows] = made[np.argmax((made & truth).sum(axis=(1, 2)))]
+                continue
+            oracle = thresholds.oracle_thresholds(truth, epochs, mode, mask)[:, None]  # (E, 1, L)
             for name, cut in (
                 ("best_epoch", held.thresholds[index]),
                 ("best_epoch_untuned", thresholds.UNTUNED),
@@ -426,9 +548,35 @@ def _leaky(study: StudyMembers, held: HeldOut, scorer: _Scorer, honest: dict, un
                 made = held.decide(epochs, cut)
                 best = np.argmax(metrics.macro_f1(metrics.confusion_counts(truth, made, mask)))
                 decisions[name][seed, rows] = made[best]
-    leaky: dict[str, Any] = {"label": "leaky", "threshold_mode": mode}
-    for name in names:
-        if name != "heldout_thresholds" and not curves:
+    if not curves:
+        decisions |= {name: None for name in names if name != "heldout_thresholds"}
+    return {"both": None, "heldout_thresholds": None} | decisions
+
+
+def _leaky_mode(study: StudyMembers) -> str:
+    """How thresholds are tuned on the held-out fold: as the study tunes its own, else one for all labels."""
+    return study.evaluation["thresholds"] if study.tuned else "global"
+
+
+def _leaky(
+    study: StudyMembers,
+    scorer: _Scorer,
+    decisions: Mapping[str, np.ndarray | None],
+    honest: dict,
+    untuned: dict | None,
+    curve: Mapping[str, Any] | None,
+) -> dict[str, Any]:
+    """What choosing on the held-out fold would have claimed; nothing here feeds any other figure."""
+    leaky: dict[str, Any] = {"label": "leaky", "threshold_mode": None, "global_threshold": None}
+    if curve is not None:
+        best = int(np.argmax(curve["heldout_leaky"]))
+        leaky["threshold_mode"] = _leaky_mode(study)
+        leaky["global_threshold"] = {
+            "threshold": curve["threshold"][best],
+            "macro_f1": curve["heldout_leaky"][best],
+        }
+    for name in ("best_epoch", "best_epoch_untuned", "heldout_thresholds", "both"):
+        if decisions.get(name) is None:
             leaky[name] = None
             continue
         block, replicates = scorer.block(decisions[name])
@@ -438,17 +586,14 @@ def _leaky(study: StudyMembers, held: HeldOut, scorer: _Scorer, honest: dict, un
 
 
 def _epoch_probabilities(study: StudyMembers, member: int, rows: np.ndarray) -> np.ndarray:
-    """``(E, n, 5)`` probabilities of the labelled clips ``rows``, held out by ``member``, at every epoch."""
+    """``(E, n, L)`` probabilities of the labelled clips ``rows``, rising, held out by ``member``, at every epoch."""
     results = study.results
-    position = np.full(len(results.clip_name), -1)
-    position[study.rows[rows]] = np.arange(len(rows))
     sample = results.curve_sample[member]
-    local = np.where(sample >= 0, position[results.sample_clip[sample.clip(0)]], -1)
-    kept = local >= 0
-    if set(local[kept].tolist()) != set(range(len(rows))):
+    kept = np.flatnonzero((sample >= 0) & np.isin(results.sample_clip[sample.clip(0)], study.rows[rows]))
+    if len(np.unique(results.sample_clip[sample[kept]])) != len(rows):
         raise UserError(f"member {results.member_id[member]}: its learning curve lacks held-out clips; train again")
-    return combine_views(
-        results.curve_probabilities[member][:, kept], local[kept], len(rows), study.evaluation["views"]
+    return clip_probabilities(
+        results, results.curve_probabilities[member][:, kept], study.evaluation, samples=sample[kept]
     )
 
 
@@ -500,9 +645,16 @@ def _notes(summary: dict[str, Any]) -> list[str]:
             f"{len(summary['settings'])} settings: each fold uses the one of least inner loss; "
             "picking the best score from the table of settings would be leaky."
         )
+    if study["single_subject_folds"]:
+        notes.append(
+            "Each fold is one subject: read the pooled figures. The mean of folds is not what the field reports, since "
+            "a subject's few clips lack classes."
+        )
+    if summary["leaky"]["best_epoch"] is None:
+        notes.append("No learning curves were kept, so what choosing the best test epoch would claim is unknown.")
     rare = [label for label, count in study["positives"].items() if count < RARE]
     if rare:
-        notes.append(f"Fewer than {RARE} positive clips: {', '.join(rare)}; one changed decision moves F1 a lot.")
+        notes.append(f"Fewer than {RARE} clips: {', '.join(rare)}; one changed decision moves F1 a lot.")
     return notes
 
 

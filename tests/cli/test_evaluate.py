@@ -42,7 +42,7 @@ def test_report_rewrites_the_summary_and_the_page(runs):
     assert (runs / "a" / "report.html").stat().st_size > 1000
     assert evaluate("report", runs / "a", "--negative-excludes-positive").returncode == 0
     assert json.loads((runs / "a" / "summary.json").read_text())["evaluation"] == {
-        **{"views": "mean", "thresholds": "per_class", "fixed_threshold": 0.5, "negative_excludes_positive": True},
+        **{"phases": "mean", "views": "mean", "thresholds": "per_class", "fixed_threshold": 0.5, "negative_excludes_positive": True},
         **{"bootstrap": 200, "confidence": 0.95},
     }
 

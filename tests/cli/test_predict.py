@@ -62,9 +62,9 @@ def test_a_run_without_test_clips_is_refused(copy):
     results = StudyResults.load(copy)
     train = results.clip_split == "train"
     rows = train[results.sample_clip]
-    clips = ("clip_name", "clip_id", "clip_subject", "clip_split", "clip_labels", "clip_fold")
+    clips = ("clip_name", "clip_id", "clip_subject", "clip_split", "clip_labels", "clip_fold", "clip_database")
     cut = {name: getattr(results, name)[train] for name in clips}
-    cut |= {name: getattr(results, name)[rows] for name in ("sample_clip", "sample_view")}
+    cut |= {name: getattr(results, name)[rows] for name in ("sample_clip", "sample_view", "sample_phase")}
     cut |= {name: getattr(results, name)[:, rows] for name in ("probabilities", "inner")}
     dataclasses.replace(results, **cut).save(copy / "predictions.npz")
     with pytest.raises(UserError, match="the data set of this study has no test clips; build it with them"):

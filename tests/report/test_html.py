@@ -283,9 +283,14 @@ def test_hyper_parameter_settings_are_listed_and_only_the_chosen_drawn(make_resu
 
 
 def test_many_folds(make_results, finish_run, tmp_path):
-    finish_run(tmp_path / "run", make_results(num_folds=12, num_seeds=2))
-    page, _ = read(tmp_path / "run")
-    assert "fold 11 (4 clips)" in page.words_of("seeds")
+    results = make_results(num_folds=12, num_seeds=2)
+    finish_run(tmp_path / "subjects", results)  # each fold is one subject of four clips
+    page, _ = read(tmp_path / "subjects")
+    assert "fold 11" not in page.words_of("seeds") and "fold 11s114" in page.words_of("members")
+    assert "Each fold is one subject" in page.words_of("variance")
+    finish_run(tmp_path / "clips", dataclasses.replace(results, clip_subject=np.full(54, "")))
+    page, _ = read(tmp_path / "clips")
+    assert "fold 11 (4 clips)" in page.words_of("seeds") and "fold 114" in page.words_of("members")
 
 
 def test_optional_files_may_be_absent(run_folder, tmp_path):

@@ -29,7 +29,7 @@ def test_the_defaults_are_valid():
         ("grid.weight_decay", (float("inf"),), "config.grid.weight_decay=(inf,): must be numbers of at least 0"),
         ("evaluation.views", "median", "evaluation.views='median': must be one of"),
         ("evaluation.confidence", 1.0, "evaluation.confidence=1.0: must be a number between 0 and 1"),
-        ("evaluation.fixed_threshold", (0.5, 0.5), "evaluation.fixed_threshold=(0.5, 0.5): must be a number"),
+        ("evaluation.fixed_threshold", (0.5, 1.5), "evaluation.fixed_threshold=(0.5, 1.5): must be a number"),
         ("evaluation.fixed_threshold", ("x",), "evaluation.fixed_threshold=('x',): must be a number"),
         ("evaluation.bootstrap", 10, "evaluation.bootstrap=10: must be an integer of at least 100"),
     ],

@@ -79,9 +79,9 @@ def test_is_plain_json_with_finite_numbers_and_all_documented_keys(rng):
     summary = summarise(make_results(rng), QUICK)
     assert json.loads(json.dumps(summary, allow_nan=False)) == summary
     assert set(summary) == {
-        *("schema", "labels", "definitions", "evaluation", "study", "honest", "untuned", "ensemble", "auroc"),
-        *("average_precision", "chance", "baselines", "variance", "seeds_needed", "folds", "threshold_curve"),
-        *("leaky", "settings", "notes"),
+        *("schema", "labels", "task", "definitions", "evaluation", "study", "honest", "untuned", "fixed", "databases"),
+        *("ensemble", "auroc", "average_precision", "chance", "baselines", "variance", "seeds_needed", "folds"),
+        *("threshold_curve", "leaky", "settings", "notes"),
     }
     for block in (summary["honest"], summary["untuned"], *(summary["leaky"][name] for name in LEAKY_NAMES)):
         for average in AVERAGES:
@@ -270,9 +270,14 @@ def test_a_large_study_is_summarised(rng):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"view": "mean"}, r"evaluation\.view: unknown field; choose from views"),
+        ({"view": "mean"}, r"evaluation\.view: unknown field; choose from phases, views"),
         ({"views": "median"}, r"evaluation\.views='median': must be one of mean, max, or"),
         ({"thresholds": "best"}, r"evaluation\.thresholds='best'"),
+        ({"phases": "apex"}, r"evaluation\.phases='apex': must be one of mean, max, onset_apex"),
+        (
+            {"thresholds": "argmax"},
+            r"evaluation\.thresholds='argmax': must be one of fixed, global, per_class in a stu",
+        ),
         ({"fixed_threshold": [0.1, 0.2]}, r"evaluation\.fixed_threshold=.*or 5 of them"),
         ({"fixed_threshold": 1.5}, r"evaluation\.fixed_threshold=1\.5"),
         ({"fixed_threshold": None}, r"evaluation\.fixed_threshold=None"),
@@ -284,7 +289,7 @@ def test_a_large_study_is_summarised(rng):
 )
 def test_wrong_settings_are_named(settings, message):
     with pytest.raises(UserError, match=message):
-        resolve_evaluation(settings)
+        resolve_evaluation(settings, LABELS, False)
 
 
 def test_write_summary_reads_the_config_and_overrides_it(rng, tmp_path):
