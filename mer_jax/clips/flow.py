@@ -22,6 +22,8 @@ BACKENDS = ("opencv", "jax")
 CHANNELS = ("u", "v", "m", "strain")
 MIN_SIDE = 10  # px; OpenCV fades 5 px out from every side, which has no meaning on a narrower picture
 
+_ACCELERATOR_PAIRS = 32
+
 
 @dataclass(frozen=True)
 class FlowConfig:
@@ -156,10 +158,7 @@ def dense_flow(first: np.ndarray, second: np.ndarray, config: FlowConfig) -> np.
     flow = np.zeros((*leading, *size, 2), np.float32)
     moving = [index for index in np.ndindex(leading) if not np.array_equal(first[index], second[index])]
     if config.backend == "jax":
-        # Here, because JAX takes seconds to import and OpenCV's users need none of it.
-        from mer_jax.clips.farneback import farneback_pairs
-
-        farneback_pairs(first, second, moving, flow, config)
+        _jax_pairs(first, second, moving, flow, config)
     else:
         _opencv_pairs(first, second, moving, flow, config)
     return flow
@@ -311,6 +310,24 @@ def _opencv_pairs(first, second, moving: list[tuple[int, ...]], flow: np.ndarray
     with ThreadPoolExecutor(workers) as pool:
         for _done in pool.map(fill, moving):
             pass
+
+
+def _jax_pairs(first, second, moving: list[tuple[int, ...]], flow: np.ndarray, config: FlowConfig) -> None:
+    """Fills the fields of the pairs ``moving``, always as many at a time, so that one program serves all."""
+    # Here, because JAX takes a second to import and OpenCV's users need none of it.
+    import jax
+
+    from mer_jax.clips.farneback import farneback_flow
+
+    # A CPU is fastest when a pair stays in its cache; an accelerator needs many to be busy.
+    at_a_time = 1 if jax.default_backend() == "cpu" else _ACCELERATOR_PAIRS
+    for start in range(0, len(moving), at_a_time):
+        chunk = moving[start : start + at_a_time]
+        padded = chunk + chunk[-1:] * (at_a_time - len(chunk))
+        pairs = [np.stack([pictures[index] for index in padded]).astype(np.float32) for pictures in (first, second)]
+        fields = np.asarray(farneback_flow(*pairs, config))
+        for index, field in zip(chunk, fields, strict=False):
+            flow[index] = field
 
 
 def _opencv_farneback(first: np.ndarray, second: np.ndarray, config: FlowConfig) -> np.ndarray:
