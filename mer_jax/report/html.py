@@ -17,6 +17,7 @@ from mer_jax.report.plots import format_number
 from mer_jax.report.style import STYLE
 from mer_jax.report.tables import (
     LEAKY_EXPLANATION,
+    digits,
     format_interval,
     format_mean,
     format_signed,
@@ -27,7 +28,7 @@ from mer_jax.report.tables import (
     score_rows,
 )
 from mer_jax.study.held_out import clip_probabilities, decide
-from mer_jax.study.results import TEST, UNKNOWN_LABEL, StudyResults, is_stream
+from mer_jax.study.results import PHASES, TEST, UNKNOWN_LABEL, StudyResults, is_stream
 from mer_jax.study.summary import SCHEMA
 
 FILENAME = "report.html"
@@ -121,7 +122,7 @@ class _Page:
         self.config, self.overrides, self.versions, self.no_face = config, overrides, versions, no_face
         self.labels: list[str] = summary["labels"]
         self.multi_class, self.score = multi_class(summary), score_name(summary)
-        self.leaky = leaky_block(summary)
+        self.leaky, self.digits = leaky_block(summary), digits(summary)
         self.level = f"{100 * summary['evaluation']['confidence']:g} %"
         self.used = self._members_used()
 
@@ -177,23 +178,24 @@ class _Page:
         """Title, banner, the answer in one sentence, and the study's size."""
         study, score = self.summary["study"], self.summary["honest"]["macro_f1"]["pooled"]
         chance = self.summary["chance"]["macro_f1"]["pooled"]
-        intervals = f"{self.level} CI {_interval(score['clip_ci'])} over clips and seeds"
+        intervals = f"{self.level} CI {self._interval(score['clip_ci'])} over clips and seeds"
         if score["seed_ci"]:
-            intervals += f", {_interval(score['seed_ci'])} over seeds alone"
+            intervals += f", {self._interval(score['seed_ci'])} over seeds alone"
         else:
             intervals = intervals.replace("clips and seeds", "clips, with one seed")
         answer = (
             f"On clips that its members never saw, this study reaches a {self.score} of "
-            f"<b>{format_number(score['mean'])}</b> ({intervals})"
+            f"<b>{format_number(score['mean'], self.digits)}</b> ({intervals})"
         )
         if self.multi_class:
             uar = self.summary["honest"]["uar"]["pooled"]
-            answer += f" and a UAR of <b>{format_number(uar['mean'])}</b> {_interval(uar['clip_ci'])}"
-        answer += f", where {self.score} by chance is {format_number(chance['mean'])} {_interval(chance['interval'])}"
+            answer += f" and a UAR of <b>{format_number(uar['mean'], self.digits)}</b> {self._interval(uar['clip_ci'])}"
+        by_chance = f"{format_number(chance['mean'], self.digits)} {self._interval(chance['interval'])}"
+        answer += f", where {self.score} by chance is {by_chance}"
         if self.leaky:
             answer += (
                 f" and choosing {leaky_choices(self.summary)} on those very clips would have claimed "
-                f"{format_number(self.leaky['macro_f1']['pooled']['mean'])}"
+                f"{format_number(self.leaky['macro_f1']['pooled']['mean'], self.digits)}"
             )
         answer += "."
         facts = {
@@ -211,6 +213,9 @@ class _Page:
             f'<p class="answer">{answer}</p><dl class="facts">{cells}</dl>'
         )
 
+    def _interval(self, interval) -> str:
+        return f'<span class="interval">{format_interval(interval, self.digits)}</span>'
+
     def banner(self) -> str:
         """A warning where the clips are the rendered demo."""
         values = [text for name, text in _flatten(self.config).items() if "data" in name]
@@ -226,11 +231,14 @@ class _Page:
         """The table, with the leaky column marked as such."""
         # Name, whether the study has the column, and its cells.
         table = {
-            "honest<br>mean ± sd over seeds": (True, lambda row: format_mean(row.mean, row.sd)),
-            f"{self.level} CI<br>over seeds": (True, lambda row: format_interval(row.seed_interval)),
-            f"{self.level} CI<br>over clips and seeds": (True, lambda row: format_interval(row.clip_interval)),
-            "threshold 0.5<br>untuned": (not self.multi_class, lambda row: format_number(row.untuned)),
-            "leaky<br>not an estimate": (self.leaky, lambda row: format_number(row.leaky)),
+            "honest<br>mean ± sd over seeds": (True, lambda row: format_mean(row.mean, row.sd, self.digits)),
+            f"{self.level} CI<br>over seeds": (True, lambda row: format_interval(row.seed_interval, self.digits)),
+            f"{self.level} CI<br>over clips and seeds": (
+                True,
+                lambda row: format_interval(row.clip_interval, self.digits),
+            ),
+            "threshold 0.5<br>untuned": (not self.multi_class, lambda row: format_number(row.untuned, self.digits)),
+            "leaky<br>not an estimate": (self.leaky, lambda row: format_number(row.leaky, self.digits)),
         }
         shown = {name: cell for name, (there, cell) in table.items() if there}
         columns = ["measure", *shown]
@@ -266,11 +274,9 @@ class _Page:
         if not entries:
             return ""
         columns = ["database", "clips", "subjects", *map(escape, self.labels)]
-        for name in (self.score, "UAR"):
-            columns += [f"{name}<br>mean ± sd", f"{self.level} CI<br>clips and seeds"]
-        columns += [f"{self.score}<br>seeds' mean", "UAR<br>seeds' mean"]
-        columns += [f"{self.score}<br>leaky", "UAR<br>leaky"] * bool(self.leaky)
-        leaky = (len(columns) - 2, len(columns) - 1) if self.leaky else ()
+        columns += [f"{name}, mean ± sd<br>{self.level} CI" for name in (self.score, "UAR")]
+        columns += [f"seeds' mean<br>{self.score}, UAR", *[f"leaky<br>{self.score}, UAR"] * bool(self.leaky)]
+        leaky = (len(columns) - 1,) if self.leaky else ()
         rows = []
         for entry in entries:
             people = "unknown" if entry["subjects"] is None else str(entry["subjects"])
@@ -278,10 +284,12 @@ class _Page:
             cells += [str(entry["positives"][label]) for label in self.labels]
             for figure in ("macro_f1", "uar"):
                 score = entry["honest"][figure]
-                cells += [format_mean(score["mean"], score["sd"]), format_interval(score["clip_ci"])]
-            cells += [format_number(entry["ensemble"][figure]["value"]) for figure in ("macro_f1", "uar")]
+                interval = format_interval(score["clip_ci"], self.digits)
+                cells.append(f"{format_mean(score['mean'], score['sd'], self.digits)}<br>{interval}")
+            pairs = [[entry["ensemble"][figure]["value"] for figure in ("macro_f1", "uar")]]
             if self.leaky:
-                cells += [format_number(entry["leaky"][figure]["mean"]) for figure in ("macro_f1", "uar")]
+                pairs.append([entry["leaky"][figure]["mean"] for figure in ("macro_f1", "uar")])
+            cells += ["<br>".join(format_number(value, self.digits) for value in pair) for pair in pairs]
             rows.append(_row(cells, leaky=leaky, css="" if rows else "key"))
         return (
             "<p>The pooled held-out decisions of all clips, then of the clips of each database alone; under the "
@@ -407,8 +415,9 @@ class _Page:
                 for _, figure, average in shown:
                     inflation = leak["inflation"]["uar"] if figure == "uar" else leak["inflation"]
                     difference = inflation[average]
-                    cells.append(format_number(leak[figure][average]["mean"]))
-                    cells.append(f"{format_signed(difference['mean'])} {format_interval(difference['clip_ci'])}")
+                    cells.append(format_number(leak[figure][average]["mean"], self.digits))
+                    interval = format_interval(difference["clip_ci"], self.digits)
+                    cells.append(f"{format_signed(difference['mean'], self.digits)} {interval}")
                 rows.append(_row(cells, leaky=(1, 3)))
         columns = ["chosen on the clips that are scored"]
         for name, _, _ in shown:
@@ -418,7 +427,7 @@ class _Page:
             ""
             if best is None
             else (
-                "<p>One threshold for all classes, chosen on all held-out clips together, would be "
+                '<p class="first">One threshold for all classes, chosen on all held-out clips together, would be '
                 f"{format_number(best['threshold'], 2)} and claim a macro-F1 of {format_number(best['macro_f1'])}.</p>"
             )
         )
@@ -458,7 +467,7 @@ class _Page:
                     y_name="macro-F1",
                     marks=marks,
                     label="Macro-F1 over the threshold",
-                    span=("{:.2f}–{:.2f}, where MicroAttNet's authors sweep".format(*_SWEPT), *_SWEPT),
+                    span=("{:.2f}–{:.2f}, MicroAttNet's sweep".format(*_SWEPT), *_SWEPT),
                 ),
                 "All folds and seeds together. A study may look at the blue curve, never at the orange one.",
             )
@@ -604,7 +613,7 @@ class _Page:
         """What each stream weighs after each block, per class and phase."""
         results = self.results
         blocks = sorted((name, values) for name, values in results.attention.items() if is_stream(name))
-        phases = [phase for phase in np.unique(results.sample_phase).tolist() if phase]
+        phases = [phase for phase in PHASES if phase in results.sample_phase]
         panels = []
         for name, values in blocks:
             rows = []
@@ -812,10 +821,6 @@ def _table(columns: Sequence[str], rows: Iterable[str], leaky: Sequence[int] = (
 
 def _css(name: str) -> str:
     return f' class="{name}"' if name else ""
-
-
-def _interval(interval) -> str:
-    return f'<span class="interval">{format_interval(interval)}</span>'
 
 
 def _values(leaves: Mapping[str, str]) -> str:

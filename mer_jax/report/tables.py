@@ -54,6 +54,11 @@ def score_name(summary: Mapping) -> str:
     return "UF1" if multi_class(summary) else "macro-F1"
 
 
+def digits(summary: Mapping) -> int:
+    """Decimals of a score: the field gives UF1 and UAR with four."""
+    return 4 if multi_class(summary) else 3
+
+
 def format_threshold(threshold: float | Sequence[float]) -> str:
     """One threshold, or several, with two decimals."""
     values = [threshold] if isinstance(threshold, numbers.Real) else threshold
@@ -112,6 +117,7 @@ def score_rows(summary: Mapping) -> list[Row]:
                     clip_interval=ensemble[figure]["pooled"]["clip_ci"],
                 )
                 for name, figure in (("UF1", "macro_f1"), ("UAR", "uar"))
+                if len(summary["study"]["seeds"]) > 1
             ),
             Row("UF1 of chance (permuted)", references, chance["mean"], clip_interval=chance["interval"]),
             Row("UF1 of the majority class", references, baselines["majority"]["macro_f1"]["pooled"]),
@@ -176,16 +182,16 @@ def _at(block: Mapping, path) -> Mapping:
     return block
 
 
-def format_interval(interval) -> str:
+def format_interval(interval, digits: int = 3) -> str:
     """``[0.512, 0.634]``, or an en dash where there is no interval."""
     if interval is None or any(value is None for value in interval):
         return "–"
-    return "[" + ", ".join(format_number(value) for value in interval) + "]"
+    return "[" + ", ".join(format_number(value, digits) for value in interval) + "]"
 
 
-def format_mean(mean: float | None, sd: float | None) -> str:
+def format_mean(mean: float | None, sd: float | None, digits: int = 3) -> str:
     """``0.573 ± 0.021``, or the mean alone where there is no standard deviation."""
-    return format_number(mean) + ("" if sd is None else f" ± {format_number(sd)}")
+    return format_number(mean, digits) + ("" if sd is None else f" ± {format_number(sd, digits)}")
 
 
 def terminal_table(summary: Mapping) -> str:
@@ -198,7 +204,7 @@ def terminal_table(summary: Mapping) -> str:
         Lines without a final newline.
     """
     level = f"{100 * summary['evaluation']['confidence']:g} % CI"
-    rows = score_rows(summary)
+    rows, decimals = score_rows(summary), digits(summary)
     untuned = not multi_class(summary)  # without thresholds there is none that was not tuned
     width = max(30, *(len(row.name) + 2 for row in rows))
     layout = (f"{{:<{width}}} {{:>15}} {{:>16}} {{:>16}}" + " {:>8}" * (1 + untuned)).format
@@ -213,17 +219,17 @@ def terminal_table(summary: Mapping) -> str:
             group = row.group
             lines.append(f"-- {group} " + "-" * (94 - len(group)))
         cells = (
-            format_mean(row.mean, row.sd),
-            format_interval(row.seed_interval),
-            format_interval(row.clip_interval),
-            *([format_number(row.untuned)] if untuned else []),
-            format_number(row.leaky) if leaky_block(summary) else "",
+            format_mean(row.mean, row.sd, decimals),
+            format_interval(row.seed_interval, decimals),
+            format_interval(row.clip_interval, decimals),
+            *([format_number(row.untuned, decimals)] if untuned else []),
+            format_number(row.leaky, decimals) if leaky_block(summary) else "",
         )
         lines.append(layout(("> " if row.key else "  ") + row.name, *cells))
     lines.append("-" * 98)
     if leaky := leaky_block(summary):
         inflation = leaky["inflation"]["pooled"]
-        difference = f"{format_signed(inflation['mean'])} {format_interval(inflation['clip_ci'])}"
+        difference = f"{format_signed(inflation['mean'], decimals)} {format_interval(inflation['clip_ci'], decimals)}"
         lines += [
             f"LEAKY chooses {leaky_choices(summary)} on the clips that it is scored on: not an estimate.",
             f"It would have claimed {difference} {score_name(summary)}.",
@@ -233,7 +239,7 @@ def terminal_table(summary: Mapping) -> str:
     return "\n".join(line.rstrip() for line in lines)
 
 
-def format_signed(value: float | None) -> str:
+def format_signed(value: float | None, digits: int = 3) -> str:
     """A difference with its sign."""
-    text = format_number(value)
+    text = format_number(value, digits)
     return f"+{text}" if value is not None and value >= 0 else text

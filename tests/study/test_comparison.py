@@ -6,6 +6,8 @@ import numpy as np
 import pytest
 
 from mer_jax.errors import UserError
+from mer_jax.evaluation import metrics
+from mer_jax.evaluation.statistics import weighted_scores
 from mer_jax.study.comparison import compare_held_out, format_comparison
 from mer_jax.study.held_out import held_out
 
@@ -66,3 +68,44 @@ def test_what_differs_is_named(rng, labels):
         compare_held_out(a, dataclasses.replace(b, truth=truth))
     with pytest.raises(UserError, match=r"no seed in common \(0, 1, 2 and 1 more against 10"):
         compare_held_out(a, dataclasses.replace(b, seeds=b.seeds + 10))
+
+
+def composite(**kwargs):
+    """Studies of the same subjects, databases and labels; what differs is what their members say."""
+    return held_out(fake_study.make_composite(np.random.default_rng(5), num_epochs=0, num_seeds=3, **kwargs), QUICK)
+
+
+def test_studies_of_one_class_a_clip_compare_uf1_uar_and_databases(rng):
+    good, bad = composite(signal=1.2), composite(signal=0.5)
+    found = compare_held_out(good, bad)
+    everything = np.ones((1, 442))
+    for run, key in ((good, "mean_a"), (bad, "mean_b")):
+        for figure, row in (("macro_f1", found["macro_f1"]["pooled"]), ("multilabel_uar", found["uar"])):
+            values = weighted_scores(run.truth, run.decisions, run.mask, everything, getattr(metrics, figure))
+            assert row[key] == pytest.approx(values.mean())
+        for name in ("casme2", "samm", "smic"):
+            rows = run.database == name
+            counts = metrics.confusion_counts(run.truth[rows], run.decisions[:, rows], run.mask[rows])
+            assert found["databases"][name][key] == pytest.approx(metrics.macro_f1(counts).mean())
+    assert found["macro_f1"]["pooled"]["clip_ci"][0] > 0 and found["uar"]["clip_p_value"] < 0.01
+    # Single subjects lack classes: the pairs are seeds, all folds pooled.
+    assert found["members"]["pairs"] == "seeds" and np.shape(found["members"]["matrix"]) == (1, 3)
+    assert found["members"]["difference"] == pytest.approx(found["macro_f1"]["pooled"]["difference"])
+    assert compare_held_out(good, bad.take_clips(rng.permutation(442))) == found
+    table = format_comparison({"a": "ours", "b": "theirs", "settings_that_differ": {}, **found})
+    assert "UF1, pooled" in table and "UAR, pooled" in table and "UF1 samm, pooled" in table
+    assert "3 seeds, all folds of a seed pooled" in table and "macro-F1" not in table
+
+
+def test_studies_of_other_tasks_labels_or_databases_are_refused(rng, labels):
+    one = composite()
+    with pytest.raises(UserError, match=r"^A predicts one of negative, positive, surprise, B any of Negative, .*task"):
+        compare_held_out(one, study(rng, labels))
+    renamed = dataclasses.replace(one, labels=("a", "b", "c"))
+    with pytest.raises(
+        UserError, match=r"ours predicts one of negative, .*, other one of a, b, c; only studies of the"
+    ):
+        compare_held_out(one, renamed, names=("ours", "other"))
+    moved = dataclasses.replace(one, database=np.roll(one.database, 1))
+    with pytest.raises(UserError, match="not the same database in A and B"):
+        compare_held_out(one, moved)
