@@ -117,7 +117,9 @@ class MicroAttNet(nn.Module):
         weights = {}
         for block in range(2):
             for number in range(num_streams):
-                maps = Conv(self.features[block], self.kernels[block], name=f"conv{block + 1}_{number}")(streams[number])
+                maps = Conv(self.features[block], self.kernels[block], name=f"conv{block + 1}_{number}")(
+                    streams[number]
+                )
                 norm = BatchNorm(name=f"bn{block + 1}_{number}")(self.features[block])
                 # ReLU and the dropout of whole channels commute with max pooling.
                 maps = nn.relu(batch_norm_max_pool(maps, [norm], mask, window=self.pools[block], train=train))

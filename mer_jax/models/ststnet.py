@@ -27,8 +27,10 @@ class _ConvParams(nn.Module):
 
 
 class STSTNet(nn.Module):
-    """Conv 3x3 (padding 2) - ReLU - BatchNorm - MaxPool 3x3 (stride 3, padding 1) - Dropout per stream, then average
-    pooling 2x2 of all streams, flatten, and one dense layer.
+    """The network of three shallow streams.
+
+    Each is Conv 3x3 (padding 2) - ReLU - BatchNorm - MaxPool 3x3 (stride 3, padding 1) - Dropout; then come average
+    pooling 2x2 of all streams, flattening, and one dense layer.
 
     Attributes:
         num_classes: C.

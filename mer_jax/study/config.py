@@ -9,6 +9,7 @@ from ml_collections import ConfigDict
 
 from mer_jax.errors import UserError
 from mer_jax.evaluation.thresholds import TUNED_MODES
+from mer_jax.study.engine import OPTIMISERS, SCHEDULES
 from mer_jax.study.held_out import resolve_evaluation
 from mer_jax.study.members import HYPER_NAMES
 
@@ -41,14 +42,17 @@ def base_config() -> ConfigDict:
     config.train = ConfigDict()
     config.train.epochs = 50
     config.train.batch_size = 16  # samples (a clip's view is one sample)
+    config.train.optimiser = "adamw"  # or 'adam', whose weight decay is an L2 term in the gradient
+    config.train.schedule = "cosine"  # to 0 after the warm-up, or 'constant'
     config.train.learning_rate = 1e-3  # peak, after the warm-up
     config.train.warmup_fraction = 0.1  # share of all steps
     config.train.weight_decay = 0.01
     config.train.dropout = 0.0  # before the last layer
     config.train.feature_dropout = 0.0  # on the features of all modalities
-    config.train.loss = "bce"  # 'bce' or 'focal'
+    config.train.loss = "bce"  # 'bce' (cross-entropy; a softmax where a clip has one class) or 'focal'
     config.train.focal_gamma = 2.0  # exponent of 'focal'
-    config.train.class_weights = "none"  # 'balanced': negatives over positives of the member's training samples
+    # 'balanced': negatives over positives (or inverse class frequencies) of the member's training samples.
+    config.train.class_weights = "none"
     config.train.patience = 0  # epochs without a better inner loss before stopping; 0 trains all, keeps the last
 
     config.grid = ConfigDict(
@@ -85,6 +89,8 @@ def validate(config: ConfigDict) -> None:
         "folds.group": ("", "subject"),
         "train.loss": ("bce", "focal"),
         "train.class_weights": ("none", "balanced"),
+        "train.optimiser": OPTIMISERS,
+        "train.schedule": SCHEDULES,
     }
     for field, allowed in choices.items():
         _require(

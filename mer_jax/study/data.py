@@ -14,6 +14,7 @@ MULTI_LABEL = "multi_label"
 MULTI_CLASS = "multi_class"
 NORMALISATIONS = ("none", "l2", "standard")
 REFERENCES = ("none", "onset")
+FLOW_NORMALISATIONS = ("none", "standard", "scale", "sample")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -269,3 +270,48 @@ def _common_rank(reduce: int, data: StudyData, sample_fold: np.ndarray, num_fold
         return 0
     frames = [int(data.frame_mask[(sample_fold >= 0) & (sample_fold != fold)].sum()) for fold in range(num_folds)]
     return min(reduce, width, min(frames) - 1)
+
+
+def prepare_flow(
+    data: StudyData,
+    clip_fold: np.ndarray,
+    num_folds: int,
+    normalise: str,
+    maps: Mapping[str, list[FeatureMap]] | None = None,
+) -> tuple[np.ndarray, dict[str, list[FeatureMap] | None]]:
+    """Flow as the model sees it, and what is left to be done fold by fold.
+
+    Args:
+        data: The data set, ``features['flow']`` ``(N, H, W, C)``.
+        clip_fold: ``(C,)`` the fold that holds a clip out, -1 for test clips.
+        num_folds: F.
+        normalise: ``'none'``; ``'standard'``: zero mean and unit variance of every channel over the training folds;
+            ``'scale'``: unit root mean square of every channel over the training folds, so that no motion stays 0;
+            ``'sample'``: every sample to a unit root mean square of all its channels together, which says nothing of
+            its strength and needs no fitting.
+        maps: Maps fitted before, which are used as they are.
+
+    Returns:
+        ``(N, H, W, C)`` float32 after what needs no fitting; and the fitted maps of the channels, one a fold, None
+        where there are none. They are applied on the device, so that the data are there once, not once a fold.
+    """
+    flow = data.features["flow"].astype(np.float32)
+    if normalise == "sample":
+        power = np.sqrt(np.mean(flow.astype(np.float64) ** 2, axis=(1, 2, 3), keepdims=True))
+        flow = (flow / np.maximum(power, 1e-6)).astype(np.float32)
+    if normalise in ("none", "sample"):
+        return flow, {"flow": None}
+    if maps and maps.get("flow"):
+        return flow, {"flow": maps["flow"]}
+    sample_fold = clip_fold[data.sample_clip]  # (N,)
+    count = flow[0, ..., 0].size
+    sums = flow.sum(axis=(1, 2), dtype=np.float64) / count  # (N, C)
+    squares = np.stack([np.mean(sample.astype(np.float64) ** 2, axis=(0, 1)) for sample in flow])  # (N, C)
+    fitted = []
+    for fold in range(num_folds):
+        train = (sample_fold >= 0) & (sample_fold != fold)
+        mean = sums[train].mean(axis=0) if normalise == "standard" else np.zeros(flow.shape[-1])
+        power = squares[train].mean(axis=0) - mean**2
+        scale = np.where(power > 1e-12, 1.0 / np.sqrt(np.maximum(power, 1e-12)), 0.0)
+        fitted.append(FeatureMap(mean.astype(np.float32), None, scale.astype(np.float32)))
+    return flow, {"flow": fitted}

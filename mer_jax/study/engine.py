@@ -40,6 +40,9 @@ class Recipe(NamedTuple):
             are not exclusive, positives by negatives over positives.
         patience: Epochs without a better inner loss after which a member stops, and the best epoch is kept; 0 keeps
             the last epoch.
+        flip: Probability that a flow sample is mirrored in training.
+        shift: Greatest shift of a flow sample in training, in pixels.
+        mirrored: Which channels of flow change their sign in a mirror image.
     """
 
     epochs: int
@@ -51,6 +54,9 @@ class Recipe(NamedTuple):
     focal_gamma: float
     balanced: bool
     patience: int
+    flip: float = 0.0
+    shift: int = 0
+    mirrored: tuple[bool, ...] = ()
 
 
 @struct.dataclass
@@ -60,10 +66,13 @@ class Arrays:
     Attributes:
         inputs: Tree of ``(F or 1, N, ...)`` arrays: the model's inputs for every held-out fold.
         labels: ``(N, C)`` float32, 0/1; 0 where unknown, which is never trained or scored.
+        maps: Name of an input to ``(mean, scale)``, each ``(F, channels)``: what is subtracted and multiplied for a
+            held-out fold.
     """
 
     inputs: Mapping
     labels: jax.Array
+    maps: Mapping[str, tuple[jax.Array, jax.Array]] = struct.field(default_factory=dict)
 
 
 @struct.dataclass
@@ -176,7 +185,40 @@ def learning_rate(recipe: Recipe, peak: jax.Array, step: jax.Array, total_steps:
 
 def take_samples(arrays: Arrays, fold: jax.Array, index: jax.Array) -> Mapping:
     """The model's inputs ``(B, ...)`` of samples ``index`` ``(B,)``, as prepared for held-out fold ``fold``."""
-    return jax.tree.map(lambda x: x[fold if x.shape[0] > 1 else 0, index], arrays.inputs)
+    taken = dict(jax.tree.map(lambda x: x[fold if x.shape[0] > 1 else 0, index], arrays.inputs))
+    for name, (mean, scale) in arrays.maps.items():
+        broadcast = (1,) * (taken[name].ndim - 1) + (-1,)  # (channels,) -> (1, ..., channels)
+        taken[name] = (taken[name] - mean[fold].reshape(broadcast)) * scale[fold].reshape(broadcast)
+    return taken
+
+
+def augment_flow(flow: jax.Array, key: jax.Array, flip: float, shift: int, mirrored: tuple[bool, ...]) -> jax.Array:
+    """Mirrors and moves flow fields at random, every sample by itself.
+
+    A sample's draw depends on the key and its place in the batch alone, not on the size of the batch.
+
+    Args:
+        flow: ``(B, H, W, C)``, 0 where nothing moves.
+        key: Random key.
+        flip: Probability of a mirror image, in which the channels of ``mirrored`` change their sign, too.
+        shift: Greatest shift in whole pixels in either direction; zeros come in at the border.
+        mirrored: Whether a channel is a horizontal displacement, C of them.
+
+    Returns:
+        ``(B, H, W, C)``.
+    """
+    batch, height, width, channels = flow.shape
+    draws = jax.random.uniform(key, (batch, 3))
+    if flip:
+        sign = jnp.where(jnp.asarray(mirrored), -1.0, 1.0).reshape(1, 1, 1, -1)
+        flow = jnp.where((draws[:, 0] < flip)[:, None, None, None], flow[:, :, ::-1] * sign, flow)
+    if shift:
+        padded = jnp.pad(flow, ((0, 0), (shift, shift), (shift, shift), (0, 0)))
+        starts = jnp.floor(draws[:, 1:] * (2 * shift + 1)).astype(jnp.int32)  # (B, 2)
+        flow = jax.vmap(
+            lambda image, start: jax.lax.dynamic_slice(image, (start[0], start[1], 0), (height, width, channels))
+        )(padded, starts)
+    return flow
 
 
 def init_member(learner: Learner, recipe: Recipe, arrays: Arrays, member: MemberInputs) -> MemberState:
@@ -272,6 +314,9 @@ def train_epoch(
         index = jax.lax.dynamic_slice(order, (offset,), (size,))
         sample_mask = offset + jnp.arange(size) < train_size
         inputs, labels = take_samples(arrays, member.fold, index), arrays.labels[index]
+        if recipe.flip or recipe.shift:
+            draw_key = jax.random.fold_in(stream(member.key, "augment"), state.step)
+            inputs["flow"] = augment_flow(inputs["flow"], draw_key, recipe.flip, recipe.shift, recipe.mirrored)
         dropout_key = jax.random.fold_in(stream(member.key, "dropout"), state.step)
 
         def loss_fn(params):
@@ -349,7 +394,9 @@ def finish_member(
         of the watched samples, averaged over queries; ``gate`` ``(G,)`` for models that have one.
     """
     everything = jnp.arange(arrays.labels.shape[0], dtype=jnp.int32)
-    logits, attention = predict_samples(learner, state.best_variables, arrays, member.fold, everything, recipe.batch_size)
+    logits, attention = predict_samples(
+        learner, state.best_variables, arrays, member.fold, everything, recipe.batch_size
+    )
     _, _, extras = learner.apply(
         state.best_variables,
         take_samples(arrays, member.fold, everything[:1]),

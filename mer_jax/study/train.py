@@ -20,21 +20,24 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
-from mer_jax.clips.layouts import LABELS
+from mer_jax.clips.flow import CHANNELS
 from mer_jax.errors import UserError
 from mer_jax.files import TEMPORARY_SUFFIX, atomic_savez, atomic_write_bytes, atomic_write_text, exclusive
 from mer_jax.models.registry import Learner, build_learner
+from mer_jax.parallel import available_processors
 from mer_jax.progress import progress
 from mer_jax.study import engine
 from mer_jax.study.checkpoints import BlockCheckpoints, save_tree
 from mer_jax.study.config import validate
 from mer_jax.study.data import (
+    FLOW_NORMALISATIONS,
     NORMALISATIONS,
     REFERENCES,
     FeatureMap,
     StudyData,
     load_dataset,
     prepare_features,
+    prepare_flow,
 )
 from mer_jax.study.devices import select_devices
 from mer_jax.study.folds import inner_split, make_folds
@@ -49,6 +52,7 @@ _ACCELERATOR_BLOCK = 128
 # A stopped run must be gone in 10 s; a worker that is inside a compilation cannot be asked to hurry.
 _GRACE_SECONDS = 8.0
 _MAPS = "feature_maps.npz"
+PHASES = ("onset_apex", "apex_offset")
 _HISTORY = ("train_loss", "inner_loss", "heldout_loss")
 
 
@@ -69,7 +73,6 @@ def train(config: ConfigDict, workdir: str | os.PathLike, overrides: Mapping | N
     workdir = Path(workdir)
     validate(config)
     _validate_data(config)
-    learner = build_learner(config.model, tuple(config.data.modalities), len(LABELS))
     jax.config.update("jax_default_matmul_precision", "highest")
     if config.study.compile_cache:
         jax.config.update("jax_compilation_cache_dir", config.study.compile_cache)
@@ -80,10 +83,11 @@ def train(config: ConfigDict, workdir: str | os.PathLike, overrides: Mapping | N
             stale.unlink()
         if not (workdir / FILENAME).is_file():
             devices = select_devices(config.platform)
-            data = _load(config)
+            data = load_data(config)
             if (workdir / "config.json").is_file():
                 check_data(workdir, data)
-            plan = _plan(config, data, _load_maps(workdir))
+            plan = make_plan(config, data, _load_maps(workdir))
+            learner = build_learner(config.model, input_channels(config), len(data.label_names))
             # Only now: a first run that its input stopped binds the folder to nothing.
             start_workdir(config, workdir, overrides or {})
             check_data(workdir, data)
@@ -98,7 +102,20 @@ def _refuse_busy(workdir: Path) -> None:
     raise UserError(f"{workdir}: another process is training there; wait for it, or choose another --workdir")
 
 
+def uses_flow(config: ConfigDict) -> bool:
+    """Whether a study's samples are flow fields rather than features of frames."""
+    return "channels" in config.data
+
+
+def input_channels(config: ConfigDict) -> tuple[str, ...]:
+    """What the model fuses, in order: channels of flow, or modalities of features."""
+    return tuple(config.data.channels if uses_flow(config) else config.data.modalities)
+
+
 def _validate_data(config: ConfigDict) -> None:
+    if uses_flow(config):
+        _validate_flow(config)
+        return
     if not len(config.data.modalities):
         raise UserError("config.data.modalities is empty; name at least one modality and its extractor")
     for modality, step in config.data.modalities.items():
@@ -116,17 +133,53 @@ def _validate_data(config: ConfigDict) -> None:
         raise UserError(f"config.data.short={config.data.short!r}: must be one of 'repeat', 'mask'")
 
 
+def _validate_flow(config: ConfigDict) -> None:
+    data = config.data
+    for field, allowed in (("channels", CHANNELS), ("phases", PHASES)):
+        chosen = tuple(data[field])
+        if not chosen or len(set(chosen)) < len(chosen) or not set(chosen) <= set(allowed):
+            raise UserError(f"config.data.{field}={chosen}: must be some of {', '.join(map(repr, allowed))}, each once")
+    if data.normalise not in FLOW_NORMALISATIONS:
+        raise UserError(
+            f"config.data.normalise={data.normalise!r}: must be one of {', '.join(map(repr, FLOW_NORMALISATIONS))}"
+        )
+    if data.size < 0:
+        raise UserError(f"config.data.size={data.size}: must be at least 1, or 0 for the size that is stored")
+    if not 0 <= data.flip <= 1:
+        raise UserError(f"config.data.flip={data.flip}: must be in [0, 1]")
+    if data.shift < 0:
+        raise UserError(f"config.data.shift={data.shift}: must be at least 0")
+
+
 def _say(text: str) -> None:
     with contextlib.suppress(OSError):  # a log file on a full disk must not end the training
         print(text, file=sys.stderr, flush=True)
 
 
-def _load(config: ConfigDict) -> StudyData:
+def load_data(config: ConfigDict) -> StudyData:
+    """Builds, or finds, the data set of a config and reads it."""
     from data_builders import ensure_dataset
 
+    if uses_flow(config):
+        from mer_jax.study.flow_data import load_flow_dataset
+
+        return _shuffled(
+            config,
+            load_flow_dataset(
+                ensure_dataset(config.data, ()),
+                channels=tuple(config.data.channels),
+                phases=tuple(config.data.phases),
+                size=config.data.size or None,
+            ),
+        )
     extractors = {name: step["extractor"] for name, step in config.data.modalities.items()}
     version_dir = ensure_dataset(config.data, tuple(extractors.values()))
-    data = load_dataset(version_dir, extractors, num_frames=config.data.num_frames, short=config.data.short)
+    return _shuffled(
+        config, load_dataset(version_dir, extractors, num_frames=config.data.num_frames, short=config.data.short)
+    )
+
+
+def _shuffled(config: ConfigDict, data: StudyData) -> StudyData:
     if config.data.shuffle_labels:
         labels = data.clip_labels.copy()
         train = np.flatnonzero(data.training)
@@ -136,8 +189,23 @@ def _load(config: ConfigDict) -> StudyData:
 
 
 @dataclasses.dataclass(frozen=True)
-class _Plan:
-    """Everything about a study that is settled before the first step."""
+class Plan:
+    """Everything about a study that is settled before the first step.
+
+    M members, C clips, N samples.
+
+    Attributes:
+        data: The data set.
+        clip_fold: ``(C,)`` the fold that holds a clip out, -1 for test clips.
+        members: The members, in the study's order.
+        inputs: What tells each of them apart, as the engine takes it.
+        inner: ``(M, N)`` bool, inner splits.
+        arrays: What all members share, on the host.
+        maps: What was fitted on training folds, one map a fold.
+        recipe: The recipe.
+        num_steps: Steps an epoch of the largest training fold.
+        last_batch: Size of the last of them where it may be smaller than a batch; 0 for a full one.
+    """
 
     data: StudyData
     clip_fold: np.ndarray  # (C,)
@@ -148,9 +216,20 @@ class _Plan:
     maps: dict[str, list[FeatureMap] | None]
     recipe: engine.Recipe
     num_steps: int
+    last_batch: int
 
 
-def _plan(config: ConfigDict, data: StudyData, maps: Mapping[str, list[FeatureMap]]) -> _Plan:
+def make_plan(config: ConfigDict, data: StudyData, maps: Mapping[str, list[FeatureMap]]) -> Plan:
+    """Deals out folds and inner splits and prepares the data.
+
+    Args:
+        config: The config.
+        data: The data set.
+        maps: What was fitted before and is used as it is; empty in a new run.
+
+    Raises:
+        UserError: The data set is too small, or the config names a fold that there is not.
+    """
     scheme = "loso" if config.folds.scheme == "loso" else config.folds.group or config.folds.scheme
     train_clips = np.flatnonzero(data.training)
     clip_fold = np.full(len(data.clip_name), -1, np.int32)
@@ -172,9 +251,18 @@ def _plan(config: ConfigDict, data: StudyData, maps: Mapping[str, list[FeatureMa
     if twice:
         raise UserError(f"config.grid and config.study.only_folds make two members {twice}; name each value once")
 
-    steps = {name: dict(step) for name, step in config.data.modalities.items()}
-    prepared, maps = prepare_features(data, clip_fold, num_folds, steps, maps)
-    inputs = {"features": prepared, "frame_mask": data.frame_mask[None]}
+    device_maps = {}
+    if uses_flow(config):
+        flow, maps = prepare_flow(data, clip_fold, num_folds, config.data.normalise, maps)
+        inputs = {"flow": flow[None]}
+        if maps["flow"]:
+            device_maps["flow"] = tuple(
+                np.stack([getattr(m, name) for m in maps["flow"]]) for name in ("mean", "scale")
+            )
+    else:
+        steps = {name: dict(step) for name, step in config.data.modalities.items()}
+        prepared, maps = prepare_features(data, clip_fold, num_folds, steps, maps)
+        inputs = {"features": prepared, "frame_mask": data.frame_mask[None]}
     labels = np.maximum(data.clip_labels, 0)[data.sample_clip].astype(np.float32)  # (N, L)
 
     sample_fold = clip_fold[data.sample_clip]  # (N,)
@@ -200,12 +288,26 @@ def _plan(config: ConfigDict, data: StudyData, maps: Mapping[str, list[FeatureMa
     recipe = engine.Recipe(
         epochs=config.train.epochs,
         batch_size=config.train.batch_size,
+        optimiser=config.train.optimiser,
+        schedule=config.train.schedule,
         warmup_fraction=config.train.warmup_fraction,
+        exclusive=data.task == "multi_class",
         focal_gamma=config.train.focal_gamma if config.train.loss == "focal" else 0.0,
         balanced=config.train.class_weights == "balanced",
         patience=config.train.patience,
+        **(
+            {
+                "flip": config.data.flip,
+                "shift": config.data.shift,
+                "mirrored": tuple(channel == "u" for channel in config.data.channels),
+            }
+            if uses_flow(config)
+            else {}
+        ),
     )
-    return _Plan(
+    most = int(train_mask.sum(axis=1).max())
+    rest = most % recipe.batch_size
+    return Plan(
         data=data,
         clip_fold=clip_fold,
         members=members,
@@ -222,10 +324,12 @@ def _plan(config: ConfigDict, data: StudyData, maps: Mapping[str, list[FeatureMa
             for row, member in enumerate(members)
         ],
         inner=inner,
-        arrays=engine.Arrays(inputs=inputs, labels=labels),
+        arrays=engine.Arrays(inputs=inputs, labels=labels, maps=device_maps),
         maps=maps,
         recipe=recipe,
-        num_steps=-(-int(train_mask.sum(axis=1).max()) // config.train.batch_size),
+        num_steps=-(-most // recipe.batch_size),
+        # Vectors of eight samples; the remainder of a large batch is not worth a whole one.
+        last_batch=min(recipe.batch_size, -(-rest // 8) * 8) if uses_flow(config) and rest else 0,
     )
 
 
@@ -275,20 +379,23 @@ class _Stopped(Exception):
 
 
 def _train_members(
-    config: ConfigDict, workdir: Path, plan: _Plan, learner: Learner, devices: Sequence[jax.Device]
+    config: ConfigDict, workdir: Path, plan: Plan, learner: Learner, devices: Sequence[jax.Device]
 ) -> int:
     write_tables(workdir, plan.data, plan.clip_fold, plan.members)
     _save_maps(workdir, plan.maps)
     chosen = block_size(len(plan.members), len(devices), devices[0].platform, config.study.members_together)
     size = _settled_block_size(workdir, chosen, devices[0].platform)
+    one_by_one = learner.one_by_one and devices[0].platform == "cpu"
     blocks = [range(start, min(start + size, len(plan.members))) for start in range(0, len(plan.members), size)]
+    if one_by_one and len(devices) == 1:
+        devices = list(devices) * available_processors()  # a thread a core, each with a member of its own
     devices = devices[: len(blocks)]
     _say(
         f"{config.name}: {len(plan.members)} members ({len(set(m.fold for m in plan.members))} folds x "
         f"{len(plan.members) // len(set(m.fold for m in plan.members))}), {size} together in one program, on "
-        f"{len(devices)} {devices[0].platform} device{'s' if len(devices) > 1 else ''}"
+        f"{len(set(devices))} {devices[0].platform} device{'s' if len(set(devices)) > 1 else ''}"
     )
-    programs = engine.make_programs(learner, plan.recipe, plan.num_steps)
+    programs = engine.make_programs(learner, plan.recipe, plan.num_steps, plan.last_batch, one_by_one)
     stop = threading.Event()
     with progress(total=len(plan.members) * plan.recipe.epochs, desc="training", unit="member-epochs") as bar:
         runner = _BlockRunner(config, workdir, plan, programs, size, stop, bar)
@@ -297,7 +404,7 @@ def _train_members(
         name = signal.Signals(signum).name
         _say(f"stopped by {name}; checkpoints are in {workdir / 'checkpoints'}; run the same command again to go on")
         return 128 + signum
-    _assemble(workdir, plan, blocks, learner.gate_names)
+    _assemble(workdir, plan, blocks, learner)
     return 0
 
 
@@ -497,7 +604,7 @@ def block_path(workdir: Path, number: int) -> Path:
     return workdir / "blocks" / f"block_{number:04d}.npz"
 
 
-def _empty_history(size: int, epochs: int, plan: _Plan) -> dict[str, np.ndarray]:
+def _empty_history(size: int, epochs: int, plan: Plan) -> dict[str, np.ndarray]:
     watched = plan.inputs[0].watched.shape[0]
     history = {name: np.full((size, epochs), np.nan, np.float32) for name in _HISTORY}
     history["probabilities"] = np.full((size, epochs, watched, plan.data.clip_labels.shape[1]), np.nan, np.float32)
@@ -547,7 +654,7 @@ def _load_maps(workdir: Path) -> dict[str, list[FeatureMap]]:
     return {modality: [FeatureMap(**folds[fold]) for fold in range(len(folds))] for modality, folds in fields.items()}
 
 
-def _assemble(workdir: Path, plan: _Plan, blocks: Sequence[range], gate_names: Sequence[str]) -> None:
+def _assemble(workdir: Path, plan: Plan, blocks: Sequence[range], learner: Learner) -> None:
     """Joins the blocks into ``predictions.npz`` and ``metrics.jsonl``, members in the study's order."""
     parts = []
     for number in range(len(blocks)):
@@ -587,8 +694,8 @@ def _assemble(workdir: Path, plan: _Plan, blocks: Sequence[range], gate_names: S
         curve_sample=np.where(heldout, watched, -1)[:, :rows],
         curve_probabilities=joined["curve_probabilities"][:, :, :rows],
         gate=joined.get("gate", np.zeros((len(members), 0), np.float32)),
-        gate_name=np.array(gate_names, dtype=np.str_),
-        stream_name=np.zeros(0, np.str_),
+        gate_name=np.array(learner.gate_names, dtype=np.str_),
+        stream_name=np.array(learner.stream_names, dtype=np.str_),
         hyper=hyper,
         attention={
             name.removeprefix("attention_"): values[:, :rows]

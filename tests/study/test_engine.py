@@ -16,7 +16,17 @@ from mer_jax.study.train import block_size
 SAMPLES, FRAMES, WIDTHS = 40, 6, {"appearance": 9, "geometry": 5}
 FOLD = np.arange(SAMPLES) // 2 % 3  # clips of two views, three folds
 HYPER = {"learning_rate": 3e-3, "weight_decay": 0.01, "dropout": 0.2, "feature_dropout": 0.3}
-RECIPE = engine.Recipe(epochs=6, batch_size=8, warmup_fraction=0.1, focal_gamma=0.0, balanced=False, patience=0)
+RECIPE = engine.Recipe(
+    epochs=6,
+    batch_size=8,
+    optimiser="adamw",
+    schedule="cosine",
+    warmup_fraction=0.1,
+    exclusive=False,
+    focal_gamma=0.0,
+    balanced=False,
+    patience=0,
+)
 MODEL = {
     "name": "fusion",
     "fusion": "gate",
