@@ -72,9 +72,9 @@ _DEFINITIONS = {
     "those of single members; a mean varies less, so they are not the best for it.",
     "chance": "The same decisions against labels permuted within each held-out fold; within each database where the "
     "task is multi-class or each fold is one subject.",
-    "variance": "Two-way random effects on the (fold, seed) macro-F1 matrix by the method of moments, cut off at 0. "
+    "variance": "Two-way random effects on the (fold, seed) matrix of macro_f1 by the method of moments, cut off at 0. "
     "Left out where each fold is one subject: the score of a few clips says mostly which classes the subject has.",
-    "seeds_needed": "Seeds for a t interval of the pooled macro-F1 of at most this half width; training noise only.",
+    "seeds_needed": "Seeds for a t interval of the pooled macro_f1 of at most this half width; training noise only.",
 }
 
 # Whether exactly one label is present in a clip -> the figures of a block.

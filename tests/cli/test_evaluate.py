@@ -42,7 +42,13 @@ def test_report_rewrites_the_summary_and_the_page(runs):
     assert (runs / "a" / "report.html").stat().st_size > 1000
     assert evaluate("report", runs / "a", "--negative-excludes-positive").returncode == 0
     assert json.loads((runs / "a" / "summary.json").read_text())["evaluation"] == {
-        **{"phases": "mean", "views": "mean", "thresholds": "per_class", "fixed_threshold": 0.5, "negative_excludes_positive": True},
+        **{
+            "phases": "mean",
+            "views": "mean",
+            "thresholds": "per_class",
+            "fixed_threshold": 0.5,
+            "negative_excludes_positive": True,
+        },
         **{"bootstrap": 200, "confidence": 0.95},
     }
 
@@ -72,3 +78,30 @@ def test_bad_input_is_one_line(runs, monkeypatch, args, message):
 def test_help_is_quick_and_names_the_commands():
     done = evaluate("--help")
     assert done.returncode == 0 and "compare runs/A runs/B" in done.stdout
+
+
+@pytest.fixture(scope="module")
+def loso(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("loso")
+    for name, signal in (("ours", 1.0), ("theirs", 0.5)):
+        results = fake_study.make_composite(np.random.default_rng(1), signal=signal, num_seeds=2, num_epochs=2)
+        (folder / name).mkdir()
+        results.save(folder / name / "predictions.npz")
+        (folder / name / "config.json").write_text(json.dumps({"evaluation": {"bootstrap": 100}}))
+    return folder
+
+
+def test_studies_of_one_class_a_clip(loso, runs):
+    done = evaluate("report", loso / "ours", "--phases=onset_apex")
+    assert done.returncode == 0, done.stderr
+    assert "> UF1, pooled" in done.stdout and "UAR smic (164)" in done.stdout
+    assert json.loads((loso / "ours" / "summary.json").read_text())["evaluation"]["phases"] == "onset_apex"
+    done = evaluate("compare", loso / "ours", loso / "theirs")
+    assert done.returncode == 0, done.stderr
+    assert "UF1, pooled" in done.stdout and "UF1 casme2, pooled" in done.stdout
+    done = evaluate("compare", loso / "ours", runs / "a")
+    assert done.returncode == 2 and len(done.stderr.splitlines()) == 1
+    assert "ours predicts one of negative, positive, surprise, a any of Negative" in done.stderr
+    done = evaluate("report", loso / "ours", "--thresholds=global")
+    assert done.returncode == 2 and len(done.stderr.splitlines()) == 1
+    assert "evaluation.thresholds='global': must be argmax in a study of one class a clip" in done.stderr

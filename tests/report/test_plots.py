@@ -162,3 +162,48 @@ def test_targets_of_the_same_number_of_seeds_are_one_mark():
     targets = [(2, 0.05), (2, 0.02), (3, 0.01)]
     tree = parse(plots.width_curve(0.0005, 4, targets, confidence=0.95, score_name="macro-F1"))
     assert len(shapes(tree, "circle", "ring")) == 2
+
+
+def test_confusion_matrix_says_its_counts_and_shares():
+    counts = np.array([[6.0, 2.0, 0.0], [1.5, 4.5, 2.0], [0.0, 0.0, 0.0]])
+    tree = parse(plots.confusion_matrix(("negative", "positive", "surprise"), counts))
+    words = " ".join(tree.itertext())
+    assert "75 %" in words and "25 %" in words and "4.5" in words and "nan" not in words
+    label = tree.get("aria-label")
+    assert "of 8 clips negative: 6 taken for negative, 2 taken for positive, 0 taken for surprise" in label
+    cells = [e for e in tree.iter() if "cell" in (e.get("class") or "")]
+    assert [("blue" in e.get("class")) for e in cells] == [True, False, False, False, True, False, False, False, True]
+    assert float(cells[0].get("fill-opacity")) > float(cells[1].get("fill-opacity"))
+
+
+def test_share_panels_split_bars_by_the_shares():
+    mean = np.array([0.5, 0.3, 0.2])
+    band = np.stack([mean - 0.1, mean + 0.1])
+    empty = ("surprise", np.full(3, np.nan), np.full((2, 3), np.nan))
+    panels = [("after block 1", [("negative", mean, band), empty]), ("after block 2", [("negative", mean[::-1], band)])]
+    tree = parse(plots.share_panels(("u", "v", "m"), panels, label="Attention"))
+    assert "after block 1, negative: u 50 %, v 30 %, m 20 %" in tree.get("aria-label")
+    assert "surprise:" not in tree.get("aria-label") and "surprise" in " ".join(tree.itertext())
+    bars = [e for e in tree.iter() if (e.get("class") or "").startswith("bar ") and e.get("rx")]
+    widths = np.array([float(e.get("width")) for e in bars]) + 2
+    np.testing.assert_allclose(widths[:3] / widths[:3].sum(), mean, atol=2e-3)
+    np.testing.assert_allclose(widths[3:] / widths[3:].sum(), mean[::-1], atol=2e-3)
+    tips = [title.text for e in bars for title in e if title.text]
+    assert tips[0] == "negative, u: 50.0 % (members 40–60 %)"
+
+
+def test_a_shaded_span_lies_where_it_says():
+    x = np.linspace(0, 1, 11)
+    drawn = {}
+    for span in (None, ("swept", 0.1, 0.3)):
+        tree = parse(
+            plots.curves(
+                x, [("a", "blue", x)], x_name="x", y_name="y", marks=[("at", "ink", 0.1)], label="l", span=span
+            )
+        )
+        drawn[span] = [e for e in tree.iter() if e.get("class") == "box grey" and list(e)]
+        mark = next(e for e in tree.iter() if e.get("class") == "mark ink")
+    assert not drawn[None]
+    (box,) = drawn["swept", 0.1, 0.3]
+    assert float(box.get("x")) == float(mark.get("x1")) and box[0].text == "swept"
+    assert float(box.get("width")) == pytest.approx(0.2 * 884, abs=0.1)
