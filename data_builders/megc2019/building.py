@@ -226,6 +226,8 @@ def _say_waiting(work: Path) -> None:
 
 def _plan_folder(given: Mapping[str, Any]) -> _Plan:
     source, labels = Path(given["source"]), given.get("labels")
+    if not source.is_dir():
+        raise UserError(f"{source}: no such folder of flow images; check the path")
     table = find_table(source) if labels is None else Path(labels)
     settings = {"source": _told(source), "labels": _told(table)}
     content = _files_content([*source.rglob("*.png"), *([table] if table else [])])
