@@ -45,8 +45,9 @@ def flax_variables(state: Mapping[str, np.ndarray], expected: Any, where: str) -
     """
     leaves, structure = jax.tree_util.tree_flatten_with_path(expected)
     unused = {name for name in state if name.rpartition(".")[2] != _UNUSED}
-    found = []
-    for path, leaf in leaves:
+    found = {}
+    # Kernels first: where the architecture is another one, they say so more plainly than statistics do.
+    for path, leaf in sorted(leaves, key=lambda pair: pair[0][-1].key != "kernel"):
         collection, *layers, last = (entry.key for entry in path)
         name = ".".join((*layers, _NAMES[collection, last]))
         axes = _KERNEL_AXES[len(leaf.shape)] if last == "kernel" else range(len(leaf.shape))
@@ -64,7 +65,7 @@ def flax_variables(state: Mapping[str, np.ndarray], expected: Any, where: str) -
         array = array.astype(leaf.dtype)
         if not np.isfinite(array).all():
             raise UserError(f"{where}: {name} holds values that are not finite; fetch the file again")
-        found.append(np.ascontiguousarray(array.transpose(axes)))
+        found[path] = np.ascontiguousarray(array.transpose(axes))
         unused.discard(name)
     if unused:
         name = min(unused)
@@ -72,4 +73,4 @@ def flax_variables(state: Mapping[str, np.ndarray], expected: Any, where: str) -
             f"{where}: holds {name} {state[name].shape}, which the config's model does not have; these are the weights "
             "of another architecture"
         )
-    return jax.tree_util.tree_unflatten(structure, found)
+    return jax.tree_util.tree_unflatten(structure, [found[path] for path, _ in leaves])
