@@ -590,7 +590,7 @@ def _epoch_probabilities(study: StudyMembers, member: int, rows: np.ndarray) -> 
     results = study.results
     sample = results.curve_sample[member]
     kept = np.flatnonzero((sample >= 0) & np.isin(results.sample_clip[sample.clip(0)], study.rows[rows]))
-    if len(np.unique(results.sample_clip[sample[kept]])) != len(rows):
+    if not np.array_equal(np.sort(sample[kept]), np.flatnonzero(np.isin(results.sample_clip, study.rows[rows]))):
         raise UserError(f"member {results.member_id[member]}: its learning curve lacks held-out clips; train again")
     return clip_probabilities(
         results, results.curve_probabilities[member][:, kept], study.evaluation, samples=sample[kept]

@@ -143,6 +143,14 @@ def test_views_of_a_clip_share_the_inner_split(results):
         changed(results, "inner", (member, sample), False).validate()
 
 
+def test_phases_of_a_clip_share_the_inner_split(rng):
+    results = fake_study.make_results(rng, phases=("onset_apex", "apex_offset"))
+    results.validate()
+    member, sample = np.argwhere(results.inner)[1]
+    with pytest.raises(UserError, match="inner splits the samples of a clip"):
+        changed(results, "inner", (member, sample), False).validate()
+
+
 def test_shapes_and_types_are_named(results):
     with pytest.raises(UserError, match=r"probabilities has shape .* instead of \(M=24, N=79, L=5\)"):
         dataclasses.replace(results, probabilities=results.probabilities[:, :-1]).validate()

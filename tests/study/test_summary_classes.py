@@ -372,3 +372,11 @@ def test_settings_that_do_not_fit_the_study_are_named(settings, labels, multi_cl
     resolve_evaluation(settings)  # a config does not know the labels yet
     with pytest.raises(UserError, match=message):
         resolve_evaluation(settings, labels, multi_class)
+
+
+def test_a_learning_curve_without_a_phase_of_a_clip_is_refused(rng):
+    results = small(rng, phases=("onset_apex", "apex_offset"), num_seeds=1)
+    curve = results.curve_sample.copy()
+    curve[1, 5] = -1
+    with pytest.raises(UserError, match="member fold1-seed0: its learning curve lacks held-out clips; train again"):
+        summarise(dataclasses.replace(results, curve_sample=curve), QUICK)
