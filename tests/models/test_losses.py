@@ -7,7 +7,12 @@ import pytest
 import torch
 from jax.test_util import check_grads
 
-from mer_jax.models.losses import balanced_positive_weight, binary_focal_loss
+from mer_jax.models.losses import (
+    balanced_class_weight,
+    balanced_positive_weight,
+    binary_focal_loss,
+    softmax_focal_loss,
+)
 
 
 @pytest.mark.parametrize("weighted", [False, True])
@@ -54,3 +59,43 @@ def test_balanced_weight_counts_only_the_mask():
     labels = jnp.array([[1, 0], [0, 0], [0, 0], [1, 1]], jnp.float32)
     weight = balanced_positive_weight(labels, jnp.array([True, True, True, False]))
     np.testing.assert_allclose(weight, [2.0, 1.0])  # 2 negatives to 1 positive; no positive: 1
+
+
+def test_softmax_focal_loss_without_focus_is_cross_entropy(rng):
+    logits, classes = rng.normal(size=(8, 3)).astype(np.float32) * 3, rng.integers(0, 3, 8)
+    want = torch.nn.functional.cross_entropy(torch.tensor(logits), torch.tensor(classes), reduction="none")
+    mine = softmax_focal_loss(jnp.asarray(logits), jnp.asarray(np.eye(3, dtype=np.float32)[classes]))
+    np.testing.assert_allclose(mine, want, rtol=1e-5, atol=1e-6)
+
+
+def test_softmax_focal_loss_by_hand():
+    # Softmax of (log 1, log 2, log 1) is (1/4, 1/2, 1/4); the true class is the second: (1/2)^2 log 2.
+    loss = softmax_focal_loss(jnp.log(jnp.array([[1.0, 2.0, 1.0]])), jnp.array([[0.0, 1.0, 0.0]]), gamma=2.0)
+    np.testing.assert_allclose(loss, [0.25 * np.log(2.0)], rtol=1e-6)
+    weighted = softmax_focal_loss(
+        jnp.log(jnp.array([[1.0, 2.0, 1.0]])),
+        jnp.array([[0.0, 1.0, 0.0]]),
+        gamma=2.0,
+        class_weight=jnp.array([1.0, 3.0, 1.0]),
+    )
+    np.testing.assert_allclose(weighted, [0.75 * np.log(2.0)], rtol=1e-6)
+
+
+@pytest.mark.parametrize("sign", [1.0, -1.0])
+def test_softmax_focal_loss_is_finite_at_large_logits(sign):
+    logits, labels = sign * jnp.array([[100.0, -100.0, 0.0]]), jnp.array([[1.0, 0.0, 0.0]])
+    value, gradient = jax.value_and_grad(lambda x: softmax_focal_loss(x, labels, gamma=2.0).sum())(logits)
+    assert np.isfinite(value) and np.isfinite(gradient).all()
+
+
+def test_gradients_of_the_softmax_focal_loss(rng):
+    with jax.enable_x64(True):
+        logits, labels = jnp.asarray(rng.normal(size=(4, 3))), jnp.eye(3)[jnp.array([0, 2, 1, 1])]
+        check_grads(lambda x: softmax_focal_loss(x, labels, gamma=2.0), (logits,), 1, modes=["rev"])
+
+
+def test_balanced_class_weights_by_hand():
+    labels = jnp.eye(3)[jnp.array([0, 0, 0, 1, 2])]
+    mask = jnp.array([True, True, True, True, False])
+    # Two classes present among four samples: 4 / (2 * 3) and 4 / (2 * 1); the third has none.
+    np.testing.assert_allclose(balanced_class_weight(labels, mask), [4 / 6, 2.0, 0.0], rtol=1e-6)
