@@ -10,10 +10,9 @@ def ensure_dataset(data: Mapping, extractors: Sequence[str]) -> Path:
     """Builds the data set that a config asks for, or finds it built.
 
     Args:
-        data: ``config.data``: ``dataset`` (such as ``'four_dme/demo'``), ``data_dir``, ``workers``, and,
-            where it must still be built, ``source``, ``test_source``, ``labels``, ``columns``, ``workbook``
-            and ``features``.
-        extractors: Extractors whose features the study needs.
+        data: ``config.data``: ``dataset`` (such as ``'four_dme/demo'``), ``data_dir``, ``workers``, and what the
+            builder of that data set takes, where it must still be built.
+        extractors: Extractors whose features the study needs; none for a study of flow.
 
     Returns:
         Folder of the built version.
@@ -21,13 +20,70 @@ def ensure_dataset(data: Mapping, extractors: Sequence[str]) -> Path:
     Raises:
         UserError: There is no such data set, or it cannot be built.
     """
+    family, _, name = data["dataset"].partition("/")
+    flow = "channels" in data
+    builders = {"four_dme_flow": _four_dme_flow, "megc2019": _megc2019} if flow else {"four_dme": _four_dme}
+    if family not in builders:
+        known = ", ".join(f"'{each}/...'" for each in builders)
+        raise UserError(
+            f"config.data.dataset={data['dataset']!r}: a study of {'flow' if flow else 'features'} needs {known}"
+        )
+    return builders[family](name, data, extractors)
+
+
+def _known(family: str, name: str, configs: Sequence[str]) -> None:
+    if name not in configs:
+        known = ", ".join(f"{family}/{config}" for config in configs)
+        raise UserError(f"config.data.dataset='{family}/{name}': must be one of {known}")
+
+
+def _told(data: Mapping, *fields: str) -> dict:
+    """Fields of a config as arguments of a builder; what is empty was not said."""
+    return {field: data[field] or None for field in fields}
+
+
+def _flow_config(fields: Mapping):
+    from mer_jax.clips.flow import FlowConfig
+
+    return FlowConfig(**dict(fields))
+
+
+def _four_dme_flow(name: str, data: Mapping, extractors: Sequence[str]) -> Path:
+    del extractors
+    from mer_jax.clips.apex import ApexConfig
+
+    from data_builders import four_dme_flow
+    from mer_jax.clips.crops import CropConfig
+
+    _known("four_dme_flow", name, four_dme_flow.CONFIGS)
+    return four_dme_flow.build(
+        name,
+        data_dir=data["data_dir"],
+        columns=dict(_pair("columns", text) for text in data["columns"]) or None,
+        crop=CropConfig(**dict(data["crop"])),
+        apex=ApexConfig(**dict(data["apex"])),
+        flow=_flow_config(data["flow"]),
+        **_told(data, "source", "test_source", "labels", "workbook", "workers"),
+    )
+
+
+def _megc2019(name: str, data: Mapping, extractors: Sequence[str]) -> Path:
+    del extractors
+    from data_builders import megc2019
+
+    _known("megc2019", name, megc2019.CONFIGS)
+    return megc2019.build(
+        name,
+        data_dir=data["data_dir"],
+        **_told(data, "source", "labels", "casme2", "samm", "smic", "casme2_sheet", "samm_sheet", "workers"),
+    )
+
+
+def _four_dme(name: str, data: Mapping, extractors: Sequence[str]) -> Path:
     from data_builders import four_dme
     from mer_jax.extractors.base import EXTRACTORS
 
-    family, _, name = data["dataset"].partition("/")
-    if family != "four_dme" or name not in four_dme.CONFIGS:
-        known = ", ".join(f"four_dme/{config}" for config in four_dme.CONFIGS)
-        raise UserError(f"config.data.dataset={data['dataset']!r}: must be one of {known}")
+    _known("four_dme", name, four_dme.CONFIGS)
     features = dict(_pair("features", text) for text in data["features"])
     unknown = [name for name in extractors if name not in EXTRACTORS and name not in features]
     if unknown and not four_dme.version_dir(name, data["data_dir"]).exists():
