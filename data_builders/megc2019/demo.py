@@ -96,6 +96,9 @@ def make_demo_images(
             f"demo_clips {demo_clips}: too few clips show exactly one of {', '.join(CLASSES)}; ask for more"
         )
     rows, tasks = _rows_and_tasks(clips, source, folder / IMAGES)
+    # What a kill left of a file that was being written.
+    for stale in (folder / IMAGES).glob(".*.tmp"):
+        stale.unlink(missing_ok=True)
     missing = [task for task in tasks if not all(path.is_file() for path in task.paths.values())]
     for done in run_tasks(_make_images, missing, workers=workers, desc="computing flow of demo clips", unit="clip"):
         if isinstance(done, UserError):
