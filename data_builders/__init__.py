@@ -50,9 +50,8 @@ def _flow_config(fields: Mapping):
 
 def _four_dme_flow(name: str, data: Mapping, extractors: Sequence[str]) -> Path:
     del extractors
-    from mer_jax.clips.apex import ApexConfig
-
     from data_builders import four_dme_flow
+    from mer_jax.clips.apex import ApexConfig
     from mer_jax.clips.crops import CropConfig
 
     _known("four_dme_flow", name, four_dme_flow.CONFIGS)

@@ -310,26 +310,54 @@ def _content(clips: Sequence[Clip], options: _Options) -> str:
 
 
 def _clips(options: _Options, data_dir: str | os.PathLike = "", workers: int | None = None) -> list[Clip]:
-    if options.config == "demo":
-        num_train, num_test = options.demo_clips
-        source = make_demo_clips(
-            Path(data_dir) / "clips" / "four_dme_demo",
-            num_train=num_train,
-            num_test=num_test,
-            seed=options.seed,
-            workers=workers,
+    return find_clips(
+        options.config,
+        source=options.source,
+        test_source=options.test_source,
+        labels=options.labels,
+        columns=options.columns,
+        workbook=options.workbook,
+        data_dir=data_dir,
+        seed=options.seed or 0,
+        demo_clips=options.demo_clips or DEMO_CLIPS,
+        workers=workers,
+    )
+
+
+def find_clips(
+    config_name: str,
+    *,
+    source: str | os.PathLike | None,
+    test_source: str | os.PathLike | None,
+    labels: str | os.PathLike | None,
+    columns: Mapping[str, str] | None,
+    workbook: str | os.PathLike | None,
+    data_dir: str | os.PathLike,
+    seed: int,
+    demo_clips: tuple[int, int],
+    workers: int | None,
+) -> list[Clip]:
+    """Finds the clips of a configuration, rendering demo clips first; the arguments are those of :func:`build`.
+
+    Raises:
+        UserError: A source is needed and not said, or wrong.
+    """
+    if config_name == "demo":
+        folder = Path(data_dir) / "clips" / "four_dme_demo"
+        num_train, num_test = demo_clips
+        return read_challenge(
+            make_demo_clips(folder, num_train=num_train, num_test=num_test, seed=seed, workers=workers)
         )
-        return read_challenge(source)
-    if options.source is None:
+    if source is None:
         raise UserError(
-            f"four_dme/{options.config} is not built yet: say with --source where its frames are (4DME needs "
+            f"four_dme/{config_name} is not built yet: say with --source where its frames are (4DME needs "
             "a signed licence; four_dme/demo needs nothing)"
         )
-    if options.config == "challenge":
-        return read_challenge(options.source, options.labels, options.columns, options.test_source)
-    if options.workbook is None:
+    if config_name == "challenge":
+        return read_challenge(source, labels, columns, test_source)
+    if workbook is None:
         raise UserError("four_dme/release: say with --workbook where the labelling workbook is")
-    return read_release(options.workbook, options.source)
+    return read_release(workbook, source)
 
 
 def _read_features(clips: Sequence[Clip], options: _Options) -> dict[str, dict[str, np.ndarray]]:

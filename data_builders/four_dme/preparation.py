@@ -165,7 +165,7 @@ def _prepare_clip(task: _Task) -> None:
         shape = (len(clip.frames), crop.size, crop.size, 3)
         crops = {view: np.empty(shape, np.uint8) for view in views}
         for index, frame in enumerate(read_frames(clip.frames)):
-            for view, image in _split(frame, clip.two_view).items():
+            for view, image in split_frame(frame, clip.two_view).items():
                 crops[view][index] = crop_clip([image], boxes[view], crop.size)[0]
         for name in task.extractors:
             extractor = get_extractor(name)
@@ -188,10 +188,11 @@ def face_boxes(clip: Clip, crop: CropConfig) -> dict[str, Box]:
     with FaceDetector(crop.min_confidence) as detector:
         searches = {view: FaceSearch(crop, detector) for view in views_of(clip)}
         for frame in read_frames(clip.frames[:1] if crop.rule == "first" else clip.frames):
-            for view, image in _split(frame, clip.two_view).items():
+            for view, image in split_frame(frame, clip.two_view).items():
                 searches[view].look(image)
     return {view: search.box() for view, search in searches.items()}
 
 
-def _split(frame: np.ndarray, two_view: bool) -> dict[str, np.ndarray]:
+def split_frame(frame: np.ndarray, two_view: bool) -> dict[str, np.ndarray]:
+    """The views of a frame by name, 'c' for a single one."""
     return split_views(frame) if two_view else {"c": frame}
