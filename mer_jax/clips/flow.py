@@ -22,7 +22,7 @@ BACKENDS = ("opencv", "jax")
 CHANNELS = ("u", "v", "m", "strain")
 MIN_SIDE = 10  # px; OpenCV fades 5 px out from every side, which has no meaning on a narrower picture
 
-_ACCELERATOR_PAIRS = 32
+_ACCELERATOR_PIXELS = 32 * 224 * 224  # of pairs computed at a time; takes about half a GiB
 
 
 @dataclass(frozen=True)
@@ -294,22 +294,13 @@ def _checked_field(flow: np.ndarray) -> np.ndarray:
 
 
 def _opencv_pairs(first, second, moving: list[tuple[int, ...]], flow: np.ndarray, config: FlowConfig) -> None:
-    """Fills the fields of the pairs ``moving``; OpenCV lets other Python threads run meanwhile."""
+    """Fills the fields of the pairs ``moving``."""
     one_pair = _opencv_tvl1 if config.method == "tvl1" else _opencv_farneback
 
     def fill(index):
         flow[index] = one_pair(np.ascontiguousarray(first[index]), np.ascontiguousarray(second[index]), config)
 
-    # Worker processes share out the processors among themselves already.
-    alone = multiprocessing.parent_process() is None
-    workers = min(available_processors(), len(moving)) if alone else 1
-    if workers <= 1:
-        for index in moving:
-            fill(index)
-        return
-    with ThreadPoolExecutor(workers) as pool:
-        for _done in pool.map(fill, moving):
-            pass
+    _in_threads(fill, moving)
 
 
 def _jax_pairs(first, second, moving: list[tuple[int, ...]], flow: np.ndarray, config: FlowConfig) -> None:
@@ -320,14 +311,33 @@ def _jax_pairs(first, second, moving: list[tuple[int, ...]], flow: np.ndarray, c
     from mer_jax.clips.farneback import farneback_flow
 
     # A CPU is fastest when a pair stays in its cache; an accelerator needs many to be busy.
-    at_a_time = 1 if jax.default_backend() == "cpu" else _ACCELERATOR_PAIRS
-    for start in range(0, len(moving), at_a_time):
-        chunk = moving[start : start + at_a_time]
+    on_cpu = jax.default_backend() == "cpu"
+    at_a_time = 1 if on_cpu else max(1, _ACCELERATOR_PIXELS // math.prod(first.shape[-2:]))
+
+    def fill(chunk):
         padded = chunk + chunk[-1:] * (at_a_time - len(chunk))
         pairs = [np.stack([pictures[index] for index in padded]).astype(np.float32) for pictures in (first, second)]
-        fields = np.asarray(farneback_flow(*pairs, config))
-        for index, field in zip(chunk, fields, strict=False):
+        for index, field in zip(chunk, np.asarray(farneback_flow(*pairs, config)), strict=False):
             flow[index] = field
+
+    chunks = [moving[start : start + at_a_time] for start in range(0, len(moving), at_a_time)]
+    for chunk in chunks[:1] if on_cpu else chunks:  # the first one alone: it may have to compile
+        fill(chunk)
+    _in_threads(fill, chunks[1:] if on_cpu else [])
+
+
+def _in_threads(function: Callable, items: list) -> None:
+    """Calls a function, which lets other threads run meanwhile, with every item."""
+    # Worker processes share out the processors among themselves already.
+    alone = multiprocessing.parent_process() is None
+    workers = min(available_processors(), len(items)) if alone else 1
+    if workers <= 1:
+        for item in items:
+            function(item)
+        return
+    with ThreadPoolExecutor(workers) as pool:
+        for _done in pool.map(function, items):
+            pass
 
 
 def _opencv_farneback(first: np.ndarray, second: np.ndarray, config: FlowConfig) -> np.ndarray:
