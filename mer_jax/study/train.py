@@ -31,6 +31,7 @@ from mer_jax.study.checkpoints import BlockCheckpoints, save_tree
 from mer_jax.study.config import validate
 from mer_jax.study.data import (
     FLOW_NORMALISATIONS,
+    MULTI_CLASS,
     NORMALISATIONS,
     REFERENCES,
     FeatureMap,
@@ -41,6 +42,7 @@ from mer_jax.study.data import (
 )
 from mer_jax.study.devices import select_devices
 from mer_jax.study.folds import inner_split, make_folds
+from mer_jax.study.held_out import resolve_evaluation
 from mer_jax.study.members import Member, make_members, member_key
 from mer_jax.study.results import FILENAME, StudyResults
 from mer_jax.study.summary import write_summary
@@ -84,6 +86,8 @@ def train(config: ConfigDict, workdir: str | os.PathLike, overrides: Mapping | N
         if not (workdir / FILENAME).is_file():
             devices = select_devices(config.platform)
             data = load_data(config)
+            # Before any training: thresholds that do not suit the labels would be refused only after it.
+            resolve_evaluation(config.evaluation.to_dict(), data.label_names, data.task == MULTI_CLASS)
             if (workdir / "config.json").is_file():
                 check_data(workdir, data)
             plan = make_plan(config, data, _load_maps(workdir))
@@ -291,7 +295,7 @@ def make_plan(config: ConfigDict, data: StudyData, maps: Mapping[str, list[Featu
         optimiser=config.train.optimiser,
         schedule=config.train.schedule,
         warmup_fraction=config.train.warmup_fraction,
-        exclusive=data.task == "multi_class",
+        exclusive=data.task == MULTI_CLASS,
         focal_gamma=config.train.focal_gamma if config.train.loss == "focal" else 0.0,
         balanced=config.train.class_weights == "balanced",
         patience=config.train.patience,
