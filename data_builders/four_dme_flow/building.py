@@ -169,7 +169,7 @@ def _write(target, work, config_name, clips, paths, settings, size) -> None:
         exceptions.append(f"nothing moves, all flow is zero and the apex is the middle: {_some(still)}")
     write_flow_dataset(
         target,
-        staging=work,
+        staging=work / "staging",
         flow_format=FlowFormat(LABELS, "multi_label", (size, size, 2)),
         records={split: functools.partial(records, split) for split in rows},
         facts={
