@@ -158,7 +158,9 @@ class _Canvas:
         self._draw.line(flat, colour, max(1, round(width * _ZOOM)), joint="curve")
 
     def box(self, left, top, right, bottom, colour) -> None:
-        self._draw.rectangle((left * _ZOOM, top * _ZOOM, right * _ZOOM - 1, bottom * _ZOOM - 1), colour)
+        corners = [round(value * _ZOOM) for value in (left, top, right, bottom)]
+        if corners[2] > corners[0] and corners[3] > corners[1]:
+            self._draw.rectangle((corners[0], corners[1], corners[2] - 1, corners[3] - 1), colour)
 
     def dot(self, x, y, radius, colour) -> None:
         self._draw.ellipse([value * _ZOOM for value in (x - radius, y - radius, x + radius, y + radius)], colour)

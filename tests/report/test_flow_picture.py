@@ -102,6 +102,14 @@ def test_streams_share_their_bar(picture):
     assert [width / total for width in widths] == pytest.approx([0.5, 0.25, 0.25], abs=0.02)
 
 
+def test_a_stream_without_weight_takes_no_room(picture):
+    one = dataclasses.replace(
+        picture, streams=np.array([[1.0, 0.0, 0.0], [0.9996, 0.0, 0.0004]]), stream_rows=["1", "2"]
+    )
+    image = pixels(one)[-120:, 560:]
+    assert near(image, BLUE).any() and not near(image, ORANGE).any() and not near(image, GREEN).any()
+
+
 def test_the_apex_is_marked_where_it_is(picture):
     curve = pixels(picture)[790:930]
     marked = np.flatnonzero(is_orange(curve).sum(axis=0) > 60)
