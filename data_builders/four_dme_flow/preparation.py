@@ -153,7 +153,7 @@ def _prepare_clip(task: _Task) -> None:
         if annotated:
             apex, still = clip.apex - onset, False
         else:
-            intensity = motion_intensity(frames, task.flow, task.apex.compensate)
+            intensity = motion_intensity(frames, task.flow, task.apex.compensate, task.apex.blink)
             apex, still = find_apex(intensity, task.apex.smooth), not intensity.any()
         arrays[f"{view}.onset_apex"] = dense_flow(frames[0], frames[apex], task.flow)
         arrays[f"{view}.apex_offset"] = dense_flow(frames[apex], frames[-1], task.flow)

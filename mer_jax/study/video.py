@@ -162,7 +162,7 @@ def look_at_video(
         raise UserError(f"{video}: no face found in {where}{named}; choose --onset and --offset where one is seen")
     frames = read_video(video, stretch.onset, stretch.offset + 1)
     grey = np.stack([to_grey(crop_clip([frame], box, crop.size)[0]) for frame in frames])
-    intensity = motion_intensity(grey, flow, apex.compensate)
+    intensity = motion_intensity(grey, flow, apex.compensate, apex.blink)
     if intensity.max() < _REST * grey[0].size:
         raise UserError(f"{video}: nothing moves in {named}, all are alike; choose a stretch with motion")
     middle = find_apex(intensity, apex.smooth)
