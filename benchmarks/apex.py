@@ -90,7 +90,8 @@ def main() -> None:
             found = [find_apex(result[view][number], smooth) for result in results]
             error = np.abs(np.subtract(found, truth))
             print(
-                f"| {compensate} | {blink} | {smooth:g} | {view} | {np.median(error):.1f} | {np.mean(error <= 1):.0%} | "
+                f"| {compensate} | {blink} | {smooth:g} | {view} | {np.median(error):.1f} | "
+                f"{np.mean(error <= 1):.0%} | "
                 f"{np.mean(error <= 3):.0%} | {error.mean():.2f} |"
             )
 

@@ -39,9 +39,9 @@ def get_config(variant: str = "micro_attnet") -> ConfigDict:
     data.workers = 0  # processes that prepare clips; 0 for one a core
     # Section 3.1: the largest face box of all frames ('first' takes the first frame's, as the fusion system does).
     data.crop = ConfigDict({"rule": "largest", "scale": 1.5, "square": True, "size": 224})
-    # Section 3.2; 'compensate' takes the motion of the head out of the flow before it is summed, 'blink' lets what moves
-    # for less than half as many frames count little, 'smooth' is the
-    # sd in frames of a smoothing of the sums. ('none', 0, 0) is the paper's plain rule.
+    # Section 3.2; 'compensate' takes the motion of the head out of the flow before it is summed, 'blink' lets count
+    # little what moves for less than half as many frames, 'smooth' is the sd in frames of a smoothing of the sums.
+    # ('none', 0, 0) is the paper's plain rule.
     data.apex = ConfigDict({"use_annotated": True, "compensate": "rigid", "blink": 7, "smooth": 1.0})
     # Section 3.3; 'farneback' by 'opencv' or by 'jax', or 'tvl1'.
     data.flow = ConfigDict(

@@ -84,8 +84,8 @@ def flow_intensity(fields: Iterable[np.ndarray], compensate: str = "none", blink
     as much motion in one place.
 
     With ``blink``, the motion of a place is multiplied by the square of the share of its greatest length that is left
-    when its course is filtered by a running median of so many frames: of a motion that is gone after half of them little
-    is left, of one that lasts longer most, and the time of its peak is not touched.
+    when its course is filtered by a running median of so many frames: of a motion that is gone after half of them
+    little is left, of one that lasts longer most, and the time of its peak is not touched.
 
     Args:
         fields: Parts of T flow fields in order of time, each (t, H, W, 2) px.
