@@ -13,6 +13,7 @@ from typing import Any, Literal
 
 import numpy as np
 
+from data_builders.clip_work import say_waiting
 from data_builders.four_dme import data_card
 from data_builders.four_dme.preparation import (
     PreparedView,
@@ -144,7 +145,7 @@ def build(
         return target
     if not options.extractors and not options.features:
         raise UserError("neither --extractors nor --features: name at least one source of features")
-    with exclusive(work, functools.partial(_say_waiting, work)):
+    with exclusive(work, functools.partial(say_waiting, work)):
         if not _is_built(target, options, crop):
             _build(options, _clips(options, data_dir, workers), crop, work, target, workers)
     return target
@@ -496,10 +497,6 @@ def _origin(options: _Options) -> str:
 
 
 # --- writing -----------------------------------------------------------------------------------------------
-
-
-def _say_waiting(work: Path) -> None:
-    print(f"waiting for another process that is building in {work}", file=sys.stderr, flush=True)
 
 
 def _write(config: str, records, dims: Mapping[str, int], facts: Mapping[str, Any], work: Path, target: Path) -> None:

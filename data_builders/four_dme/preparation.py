@@ -1,27 +1,23 @@
 """From frames to features: clip by clip, in parallel, each finished clip kept at once."""
 
-import hashlib
 import json
-import os
-import zipfile
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
+from data_builders.clip_work import ClipTask, files_fingerprint, finish_clips, work_folder
 from mer_jax.clips.crops import Box, CropConfig, FaceSearch, crop_clip
 from mer_jax.clips.faces import FaceDetector
 from mer_jax.clips.frames import read_frames
 from mer_jax.clips.layouts import Clip
 from mer_jax.clips.views import split_views
-from mer_jax.errors import UserError
 from mer_jax.extractors.base import fill_missing, get_extractor
 from mer_jax.files import atomic_savez
-from mer_jax.parallel import run_tasks
 
 VERSION = 1  # of what is kept per clip; to be raised whenever it changes
-_MAX_NAMED = 3
 
 
 @dataclass(frozen=True)
@@ -41,12 +37,10 @@ class PreparedView:
 
 
 @dataclass(frozen=True)
-class _Task:
+class _Task(ClipTask):
     clip: Clip
     crop: CropConfig
     extractors: tuple[str, ...]
-    path: Path
-    fingerprint: str
 
 
 def views_of(clip: Clip) -> tuple[str, ...]:
@@ -59,27 +53,13 @@ def sample_name(clip: Clip, view: str) -> str:
     return clip.name if view == "c" else f"{clip.name}_{view}"
 
 
-def fingerprint(clip: Clip) -> str:
-    """Changes when a clip's frames are replaced; made of names, sizes and dates, so that no image is read.
+def fingerprint(clip: Clip, *facts: Any) -> str:
+    """Changes when a clip's frames are replaced, or ``facts`` change; no image is read.
 
     Raises:
         UserError: A frame is gone.
     """
-    facts = []
-    for path in clip.frames:
-        try:
-            status = os.stat(path)
-        except OSError as error:
-            raise UserError(f"{path}: cannot be read ({error.strerror}); restore the file") from error
-        facts.append((path.name, status.st_size, status.st_mtime_ns))
-    return hashlib.sha256(json.dumps([clip.two_view, facts]).encode()).hexdigest()
-
-
-def settings_hash(crop: CropConfig, extractors: Sequence[str]) -> str:
-    """Names the work that may be reused: same crop, same extractors, same versions of them."""
-    told = {name: get_extractor(name).preprocessing for name in extractors}
-    text = json.dumps([VERSION, crop.settings(), told], sort_keys=True)
-    return hashlib.sha256(text.encode()).hexdigest()[:12]
+    return files_fingerprint(clip.frames, clip.two_view, *facts)
 
 
 def prepare(
@@ -107,27 +87,13 @@ def prepare(
             finished.
         KeyboardInterrupt: Ctrl-C or SIGTERM; what was finished is kept.
     """
-    folder = folder / settings_hash(crop, extractors)
-    tasks, paths, errors = [], {}, []
-    for clip in clips:
-        paths[clip.name] = folder / f"{clip.name}.npz"
-        task = _Task(clip, crop, tuple(extractors), paths[clip.name], fingerprint(clip))
-        if not _is_finished(task):
-            tasks.append(task)
-    # What a kill left of a file that was being written.
-    for stale in folder.glob(".*.tmp"):
-        stale.unlink(missing_ok=True)
-    if tasks:
-        results = run_tasks(_prepare_clip, tasks, workers=workers, desc="extracting features", unit="clip")
-        errors = [(task.clip.name, result) for task, result in zip(tasks, results, strict=True) if result is not None]
-    if errors:
-        reasons = "; ".join(f"clip {name}: {error}" for name, error in errors[:_MAX_NAMED])
-        more = f"; and {len(errors) - _MAX_NAMED} more" if len(errors) > _MAX_NAMED else ""
-        raise UserError(
-            f"{len(errors)} of {len(clips)} clips cannot be prepared ({reasons}{more}); the others are "
-            "finished and kept: repair or remove these and run the same command again"
-        )
-    return paths
+    told = {name: get_extractor(name).preprocessing for name in extractors}
+    folder = work_folder(folder, [VERSION, crop.settings(), told])
+    tasks = [
+        _Task(clip.name, folder / f"{clip.name}.npz", fingerprint(clip), clip, crop, tuple(extractors))
+        for clip in clips
+    ]
+    return finish_clips(_prepare_clip, tasks, workers=workers, desc="extracting features")
 
 
 def load_prepared(path: Path, view: str) -> PreparedView:
@@ -139,14 +105,6 @@ def load_prepared(path: Path, view: str) -> PreparedView:
             features={name: stored[f"{view}.{name}"] for name in told["extractors"]},
             missing=told["views"][view]["missing"],
         )
-
-
-def _is_finished(task: _Task) -> bool:
-    try:
-        with np.load(task.path) as stored:
-            return json.loads(str(stored["told"]))["fingerprint"] == task.fingerprint
-    except (OSError, ValueError, KeyError, zipfile.BadZipFile):
-        return False
 
 
 def _prepare_clip(task: _Task) -> None:

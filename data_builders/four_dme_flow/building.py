@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from data_builders.clip_work import say_waiting
 from data_builders.flow_records import FlowFormat, statistics, version_dir, write_flow_dataset
 from data_builders.four_dme.building import CONFIGS, DEMO_CLIPS, find_clips
 from data_builders.four_dme.preparation import fingerprint, sample_name, views_of
@@ -116,11 +117,11 @@ def build(
     if _is_built(target, find() if source is not None else None):
         return target
     work = Path(data_dir) / "work" / FAMILY / config_name
-    with exclusive(work, functools.partial(_say_waiting, work)):
+    with exclusive(work, functools.partial(say_waiting, work)):
         if not _is_built(target, None):
             clips = find()
             paths = prepare(clips, crop, apex, flow, work, workers=workers)
-            _write(target, work, config_name, clips, paths, settings, crop.size)
+            _write(target, work, config_name, clips, paths, settings, crop)
     return target
 
 
@@ -136,18 +137,24 @@ def _is_built(target: Path, clips: list[Clip] | None) -> bool:
 
 
 def _content(clips: list[Clip]) -> str:
-    told = [[clip.name, clip.subject, clip.labels, clip.split, clip.apex, fingerprint(clip)] for clip in clips]
+    told = [
+        [
+            clip.name,
+            clip.id,
+            clip.subject,
+            clip.labels,
+            clip.split,
+            fingerprint(clip, clip.onset, clip.apex, clip.offset),
+        ]
+        for clip in clips
+    ]
     return hashlib.sha256(json.dumps(told).encode()).hexdigest()
 
 
-def _say_waiting(work: Path) -> None:
-    print(f"waiting for another process that is building in {work}", file=sys.stderr, flush=True)
-
-
-def _write(target, work, config_name, clips, paths, settings, size) -> None:
+def _write(target, work, config_name, clips, paths, settings, crop) -> None:
     rows: dict[str, list[dict[str, Any]]] = {}
     sources: dict[str, list[tuple[Path, str]]] = {}
-    faceless, still = [], []
+    faceless, still, empty = [], [], []
     for clip in clips:
         for view in views_of(clip):
             prepared = load_prepared(paths[clip.name], view)
@@ -157,6 +164,9 @@ def _write(target, work, config_name, clips, paths, settings, size) -> None:
                 faceless.append(sample_name(clip, view))
             if prepared.still:
                 still.append(sample_name(clip, view))
+            row = rows[clip.split][-1]
+            if row["apex"] in (row["onset"], row["offset"]):
+                empty.append(sample_name(clip, view))
 
     def records(split: str) -> Iterator[dict[str, Any]]:
         for row, (path, view) in zip(rows[split], sources[split], strict=True):
@@ -164,13 +174,15 @@ def _write(target, work, config_name, clips, paths, settings, size) -> None:
 
     exceptions = []
     if faceless:
-        exceptions.append(f"no face found, the fallback box was cut out: {_some(faceless)}")
+        exceptions.append(f"no face found, the '{crop.fallback}' box was cut out: {_some(faceless)}")
     if still:
         exceptions.append(f"nothing moves, all flow is zero and the apex is the middle: {_some(still)}")
+    if empty:
+        exceptions.append(f"the apex is the first or the last frame, one phase is zero flow: {_some(empty)}")
     write_flow_dataset(
         target,
         staging=work / "staging",
-        flow_format=FlowFormat(LABELS, "multi_label", (size, size, 2)),
+        flow_format=FlowFormat(LABELS, "multi_label", (crop.size, crop.size, 2)),
         records={split: functools.partial(records, split) for split in rows},
         facts={
             "origin": _ORIGINS[config_name],
