@@ -326,7 +326,12 @@ _BAD = {
         {"data.modalities.geometry.extractor": "shap"},
         ["config.data.modalities", "'shap'", "hog, facemesh"],
     ),
-    "unknown data set": (None, {"data.dataset": "casme"}, ["config.data.dataset='casme': must be one of"]),
+    "unknown data set": (
+        None, {"data.dataset": "casme"}, ["config.data.dataset='casme'", "a study of features needs 'four_dme/...'"]
+    ),
+    "unknown configuration": (
+        None, {"data.dataset": "four_dme/casme"}, ["config.data.dataset='four_dme/casme': must be one of"]
+    ),
     "wrong fold": (None, {"study.only_folds": ("a",)}, ["config.study.only_folds=('a',): must be numbers"]),
     "wrong grid": (None, {"grid.dropout": (0.1, 1.5)}, ["config.grid.dropout=(0.1, 1.5): must be numbers in"]),
     "no inner split": (None, {"study.num_inner": 0}, ["config.evaluation.thresholds='per_class'", "num_inner"]),
