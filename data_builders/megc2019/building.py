@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 import numpy as np
 
+from data_builders.clip_work import files_fingerprint, say_waiting
 from data_builders.flow_records import PHASES, VERSION, FlowFormat, statistics, version_dir, write_flow_dataset
 from data_builders.megc2019.composite import CLASSES, DATABASES, count, count_notes, counted, some
 from data_builders.megc2019.demo import CROP as DEMO_CROP
@@ -201,7 +202,7 @@ def _finish(data_dir: Path, config: str, plan: _Plan) -> Path:
     if _is_built(target, plan):
         return target
     work = data_dir / "work" / FAMILY / config
-    with exclusive(work, functools.partial(_say_waiting, work)):
+    with exclusive(work, functools.partial(say_waiting, work)):
         if not _is_built(target, plan):
             plan.write(target, work)
     return target
@@ -217,10 +218,6 @@ def _is_built(target: Path, plan: _Plan) -> bool:
     return is_whole(target)
 
 
-def _say_waiting(work: Path) -> None:
-    print(f"waiting for another process that is building in {work}", file=sys.stderr, flush=True)
-
-
 # --- published images --------------------------------------------------------------------------------------
 
 
@@ -230,7 +227,7 @@ def _plan_folder(given: Mapping[str, Any]) -> _Plan:
         raise UserError(f"{source}: no such folder of flow images; check the path")
     table = find_table(source) if labels is None else Path(labels)
     settings = {"source": _told(source), "labels": _told(table)}
-    content = _files_content([*source.rglob("*.png"), *([table] if table else [])])
+    content = files_fingerprint(sorted([*source.rglob("*.png"), *([table] if table else [])]))
     origin = (
         f"Flow images in the format of STSTNet, HTNet and CausalNet, read from {settings['source']}. They derive from "
         "CASME II, SAMM and SMIC, which need signed agreements; do not pass them on."
@@ -443,18 +440,6 @@ def _told(value: Any) -> Any:
     if value is None or isinstance(value, int) or value in (*STORES, "whole"):
         return value
     return str(Path(value).resolve())
-
-
-def _files_content(paths: Sequence[Path]) -> str:
-    """Changes when files are replaced; made of names, sizes and dates, so that none is read."""
-    facts = []
-    for path in sorted(paths):
-        try:
-            status = path.stat()
-        except OSError as error:
-            raise UserError(f"{path}: cannot be read ({error.strerror}); check the path") from error
-        facts.append((path.name, status.st_size, status.st_mtime_ns))
-    return _hash(facts)
 
 
 def _hash(facts: Sequence[Any]) -> str:

@@ -1,9 +1,6 @@
 """From raw frames to flow maps: clip by clip, in parallel, each finished clip kept at once."""
 
-import hashlib
 import json
-import os
-import zipfile
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -11,19 +8,17 @@ from typing import Any
 
 import numpy as np
 
+from data_builders.clip_work import ClipTask, files_fingerprint, finish_clips, work_folder
 from data_builders.megc2019.flow_images import flow_maps
 from data_builders.megc2019.raw_frames import RawClip
 from mer_jax.clips.crops import Box, CropConfig, crop_clip, face_box
 from mer_jax.clips.faces import FaceDetector
 from mer_jax.clips.flow import FlowConfig, to_grey
 from mer_jax.clips.frames import read_frames
-from mer_jax.errors import UserError
 from mer_jax.files import atomic_savez
-from mer_jax.parallel import run_tasks
 
 VERSION = 1  # of what is kept per clip; to be raised whenever it changes
 WHOLE_SIZE = 224  # px; to what frames are brought that are no crops of ours, so that flow has one unit everywhere
-_MAX_NAMED = 3
 
 
 @dataclass(frozen=True)
@@ -40,13 +35,11 @@ class PreparedClip:
 
 
 @dataclass(frozen=True)
-class _Task:
+class _Task(ClipTask):
     clip: RawClip
     crop: CropConfig | None
     flow: FlowConfig
     size: int
-    path: Path
-    fingerprint: str
 
 
 def settings_of(crop: CropConfig | None, flow: FlowConfig, size: int) -> dict[str, Any]:
@@ -55,19 +48,12 @@ def settings_of(crop: CropConfig | None, flow: FlowConfig, size: int) -> dict[st
 
 
 def fingerprint(clip: RawClip) -> str:
-    """Changes when a clip's frames are replaced; made of names, sizes and dates, so that no image is read.
+    """Changes when a clip's frames are replaced; no image is read.
 
     Raises:
         UserError: A frame is gone.
     """
-    facts: list[Any] = [clip.apex]
-    for path in clip.frames:
-        try:
-            status = os.stat(path)
-        except OSError as error:
-            raise UserError(f"{path}: cannot be read ({error.strerror}); restore the file") from error
-        facts.append((path.name, status.st_size, status.st_mtime_ns))
-    return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
+    return files_fingerprint(clip.frames, clip.apex)
 
 
 def prepare(
@@ -96,42 +82,15 @@ def prepare(
         UserError: Clips cannot be prepared: their names and the first reasons, after all others were finished.
         KeyboardInterrupt: Ctrl-C or SIGTERM; what was finished is kept.
     """
-    told = json.dumps([VERSION, settings_of(crop, flow, size)], sort_keys=True)
-    folder = folder / hashlib.sha256(told.encode()).hexdigest()[:12]
-    tasks, paths, errors = [], {}, []
-    for clip in clips:
-        paths[clip.name] = folder / f"{clip.name}.npz"
-        task = _Task(clip, crop, flow, size, paths[clip.name], fingerprint(clip))
-        if not _is_finished(task):
-            tasks.append(task)
-    # What a kill left of a file that was being written.
-    for stale in folder.glob(".*.tmp"):
-        stale.unlink(missing_ok=True)
-    if tasks:
-        results = run_tasks(_prepare_clip, tasks, workers=workers, desc="computing flow", unit="clip")
-        errors = [(task.clip.name, result) for task, result in zip(tasks, results, strict=True) if result is not None]
-    if errors:
-        reasons = "; ".join(f"clip {name}: {error}" for name, error in errors[:_MAX_NAMED])
-        more = f"; and {len(errors) - _MAX_NAMED} more" if len(errors) > _MAX_NAMED else ""
-        raise UserError(
-            f"{len(errors)} of {len(clips)} clips cannot be prepared ({reasons}{more}); the others are "
-            "finished and kept: repair these or remove their folders, and run the same command again"
-        )
-    return paths
+    folder = work_folder(folder, [VERSION, settings_of(crop, flow, size)])
+    tasks = [_Task(clip.name, folder / f"{clip.name}.npz", fingerprint(clip), clip, crop, flow, size) for clip in clips]
+    return finish_clips(_prepare_clip, tasks, workers=workers, desc="computing flow")
 
 
 def load_prepared(path: Path) -> PreparedClip:
     """Reads what was computed from a finished clip."""
     with np.load(path) as stored:
         return PreparedClip(Box(**json.loads(str(stored["told"]))["box"]), stored["maps"])
-
-
-def _is_finished(task: _Task) -> bool:
-    try:
-        with np.load(task.path) as stored:
-            return json.loads(str(stored["told"]))["fingerprint"] == task.fingerprint
-    except (OSError, ValueError, KeyError, zipfile.BadZipFile):
-        return False
 
 
 def _prepare_clip(task: _Task) -> None:
