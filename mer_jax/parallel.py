@@ -6,10 +6,12 @@ once, not a hang.
 """
 
 import contextlib
+import itertools
 import multiprocessing
 import os
 import signal
 import threading
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
@@ -65,6 +67,53 @@ def run_tasks(
     return results
 
 
+def stream_tasks(
+    function: Callable[[Task], Result],
+    tasks: Sequence[Task],
+    *,
+    workers: int | None = None,
+    ahead: int = 2,
+    unit: str,
+) -> Iterator[Result | UserError]:
+    """Maps a function over independent tasks as :func:`run_tasks` does, for results that are too large to keep.
+
+    Close what is returned (``contextlib.closing``) where it is not read to its end, so that no process stays behind.
+
+    Args:
+        function: A module's function; it and the tasks must be picklable.
+        tasks: What to do.
+        workers: Number of processes; one per available processor unless given. With 1 no process is started.
+        ahead: How many tasks per process may be at work or finished beyond the result that is being used.
+        unit: Name of one task, for messages.
+
+    Yields:
+        One result per task, in order; for a task that raised a :class:`UserError`, that error.
+
+    Raises:
+        UserError: A worker process died.
+        KeyboardInterrupt: Ctrl-C, or SIGTERM in the main thread.
+        Exception: Whatever else a task raised.
+    """
+    workers = max(1, min(workers or available_processors(), len(tasks)))
+    with _sigterm_as_interrupt():
+        if workers == 1:
+            yield from (result for _, result in _here(function, tasks))
+            return
+        context = multiprocessing.get_context("spawn")
+        with ProcessPoolExecutor(workers, mp_context=context, initializer=_start_worker) as pool:
+            left = iter(tasks)
+            futures = deque(pool.submit(_guarded, function, task) for task in itertools.islice(left, workers * ahead))
+            try:
+                while futures:
+                    result = futures.popleft().result()
+                    futures.extend(pool.submit(_guarded, function, task) for task in itertools.islice(left, 1))
+                    yield result
+            except BrokenProcessPool as error:
+                raise _worker_died(workers, unit) from error
+            finally:
+                pool.shutdown(wait=True, cancel_futures=True)
+
+
 def _guarded(function: Callable[[Task], Result], task: Task) -> Result | UserError:
     try:
         return function(task)
@@ -86,12 +135,16 @@ def _in_processes(function, tasks, workers: int, unit: str) -> Iterator[tuple[in
             for future in as_completed(futures):
                 yield futures[future], future.result()
         except BrokenProcessPool as error:
-            raise UserError(
-                f"a worker process died (often: out of memory); every finished {unit} is kept: run the same "
-                f"command again, with fewer than {workers} workers"
-            ) from error
+            raise _worker_died(workers, unit) from error
         finally:
             pool.shutdown(wait=True, cancel_futures=True)
+
+
+def _worker_died(workers: int, unit: str) -> UserError:
+    return UserError(
+        f"a worker process died (often: out of memory); every finished {unit} is kept: run the same "
+        f"command again, with fewer than {workers} workers"
+    )
 
 
 def _start_worker() -> None:

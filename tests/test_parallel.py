@@ -1,6 +1,8 @@
 """Parallel work: results in order, errors kept apart, and nobody left behind whatever happens."""
 
+import contextlib
 import math
+import multiprocessing
 import os
 import signal
 import subprocess
@@ -12,7 +14,7 @@ import pytest
 
 from mer_jax.errors import UserError
 from mer_jax.extractors.feature_files import read_feature_file
-from mer_jax.parallel import available_processors, run_tasks
+from mer_jax.parallel import available_processors, run_tasks, stream_tasks
 
 # Worker processes import what they run by name, so the tasks here are functions of the library and of Python.
 
@@ -36,6 +38,37 @@ def test_defects_keep_their_traceback(workers):
 def test_a_dying_worker_is_an_error_and_no_hang():
     with pytest.raises(UserError, match=r"a worker process died .* with fewer than 2 workers"):
         run_tasks(os._exit, [3] * 8, workers=2, desc="dying", unit="task")
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_streamed_results_in_order_and_no_further_ahead_than_allowed(tmp_path, workers):
+    paths = [tmp_path / f"{number}.npy" for number in range(9)]
+    for number, path in enumerate(paths):
+        np.save(path, np.full((1, 2), number))
+    paths[4].unlink()
+    stream = stream_tasks(read_feature_file, paths, workers=workers, ahead=1, unit="file")
+    with contextlib.closing(stream):
+        assert next(stream)[0, 0] == 0
+        # Of what lies further ahead nothing has been asked for yet.
+        np.save(paths[-1], np.full((1, 2), 80))
+        rest = list(stream)
+    assert [int(result[0, 0]) for result in rest[:3] + rest[4:]] == [1, 2, 3, 5, 6, 7, 80]
+    assert str(rest[3]) == f"{paths[4]}: no such file"
+
+
+def test_a_stream_that_is_closed_early_leaves_no_process():
+    stream = stream_tasks(math.sqrt, range(100), workers=2, unit="number")
+    assert next(stream) == 0
+    children = [child.pid for child in multiprocessing.active_children()]
+    assert len(children) == 2
+    stream.close()
+    assert not _alive(children)
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+
+
+def test_a_dying_worker_ends_a_stream():
+    with pytest.raises(UserError, match=r"a worker process died .* every finished clip is kept"):
+        list(stream_tasks(os._exit, [3] * 8, workers=2, unit="clip"))
 
 
 def test_processors():
