@@ -2,14 +2,33 @@
 
 import argparse
 import dataclasses
-from collections.abc import Sequence
+import textwrap
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
 
-from data_builders import four_dme
+from data_builders import four_dme, four_dme_flow, megc2019
+from mer_jax.clips.apex import ApexConfig
 from mer_jax.clips.crops import CropConfig
+from mer_jax.clips.flow import FlowConfig
 from mer_jax.errors import UserError
 from mer_jax.extractors.base import EMBEDDED, EXTRACTORS
 
-_CROP_FIELDS = tuple(field.name for field in dataclasses.fields(CropConfig))
+_FRAMES = {
+    "demo": ("seed", "demo_clips"),
+    "challenge": ("source", "test_source", "labels", "column"),
+    "release": ("source", "workbook"),
+}
+_FEATURES = ("extractors", "features", "feature_frames", "crop")
+_FLOW = ("crop", "apex", "flow")
+# Data set to the flags that it uses; --data_dir and --workers go with all.
+_USED = {
+    **{f"four_dme/{config}": (*flags, *_FEATURES) for config, flags in _FRAMES.items()},
+    **{f"four_dme_flow/{config}": (*flags, *_FLOW) for config, flags in _FRAMES.items()},
+    "megc2019/folder": ("source", "labels"),
+    "megc2019/raw": ("source", *megc2019.SOURCES, *_FLOW, "size", "store"),
+    "megc2019/demo": ("seed", "demo_clips"),
+}
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -21,57 +40,141 @@ def main(arguments: Sequence[str] | None = None) -> None:
     Raises:
         UserError: An argument is wrong, or the data are.
     """
-    given = _parser().parse_args(arguments)
-    family, _, config = given.dataset.partition("/")
-    if family != "four_dme" or not config:
-        names = ", ".join(f"four_dme/{name}" for name in four_dme.CONFIGS)
-        raise UserError(f"--dataset {given.dataset}: unknown; there are {names}")
-    built = four_dme.build(
-        config,
-        data_dir=given.data_dir,
-        source=given.source,
-        test_source=given.test_source,
-        labels=given.labels,
-        columns=_pairs(given.column, "--column"),
-        workbook=given.workbook,
-        extractors=given.extractors,
-        features=_pairs(given.features, "--features"),
-        crop=_crop(_pairs(given.crop, "--crop"), config),
-        feature_frames=given.feature_frames,
-        workers=given.workers,
-        seed=given.seed,
-        demo_clips=tuple(given.demo_clips),
-    )
-    print(built)
+    flags = vars(_parser().parse_args(arguments))
+    dataset, data_dir, workers = (flags.pop(name) for name in ("dataset", "data_dir", "workers"))
+    given = {name: value for name, value in flags.items() if value is not None}
+    if dataset not in _USED:
+        raise UserError(f"--dataset {dataset}: unknown; there are {', '.join(_USED)}")
+    for name in given:
+        if name not in _USED[dataset]:
+            taken = " ".join(f"--{flag}" for flag in _USED[dataset])
+            raise UserError(f"--{name}: not used by {dataset}, which takes {taken}; leave it out")
+    family, _, config = dataset.partition("/")
+    options = _BUILDERS[family][1](config, given)
+    print(_BUILDERS[family][0](config, data_dir=data_dir, workers=workers, **options))
+
+
+def _four_dme(config: str, given: dict[str, Any]) -> dict[str, Any]:
+    return {
+        **_frames(given),
+        **_kept(given, "extractors", "feature_frames"),
+        "features": _pairs(given.get("features"), "--features"),
+        **_fields(given, crop=four_dme.default_crop(config)),
+    }
+
+
+def _four_dme_flow(config: str, given: dict[str, Any]) -> dict[str, Any]:
+    del config
+    defaults = {"crop": four_dme_flow.DEFAULT_CROP, "apex": ApexConfig(), "flow": FlowConfig()}
+    return {**_frames(given), **_fields(given, **defaults)}
+
+
+def _megc2019(config: str, given: dict[str, Any]) -> dict[str, Any]:
+    del config
+    plain = _kept(given, "source", "labels", *megc2019.SOURCES, "size", "store", "seed", "demo_clips")
+    if given.get("crop") == ["whole"]:
+        plain["crop"] = given.pop("crop")[0]
+    defaults = {"crop": megc2019.DEFAULT_CROP, "apex": ApexConfig(), "flow": megc2019.DEFAULT_FLOW}
+    return {**plain, **_fields(given, **defaults)}
+
+
+# Family to what builds it, and to what makes that builder's arguments of the flags that were given.
+_BUILDERS: dict[str, tuple[Callable[..., Path], Callable[[str, dict[str, Any]], dict[str, Any]]]] = {
+    "four_dme": (four_dme.build, _four_dme),
+    "four_dme_flow": (four_dme_flow.build, _four_dme_flow),
+    "megc2019": (megc2019.build, _megc2019),
+}
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="build_data.py",
-        description="Builds a data set of per-frame features. After an interruption, run it again: it goes on.",
+        usage="%(prog)s --dataset NAME [--data_dir DIR] [--workers N] [flags of the data set, listed at the end]",
+        description="Builds a data set of per-frame features or of optical flow. After an interruption, run it again: "
+        "it goes on.",
+        epilog="Flags by data set, beside --data_dir and --workers:\n"
+        + "\n".join(_flags_told(dataset, flags) for dataset, flags in _USED.items()),
+        formatter_class=_HelpFormatter,
         allow_abbrev=False,
     )
     add = parser.add_argument
-    add("--dataset", required=True, help="four_dme/demo, four_dme/challenge or four_dme/release")
-    add("--data_dir", default="data", help="where everything is kept (default: %(default)s)")
-    add("--source", help="challenge: folder of sequences; release: folder of frames (gray_micro)")
-    add("--test_source", help="challenge: folder of test sequences (default: SOURCE/test)")
-    add("--labels", help="challenge: CSV of training labels (default: SOURCE/train.csv)")
+    add("--dataset", required=True, metavar="NAME", help=f"one of {', '.join(_USED)}")
+    add("--data_dir", default="data", metavar="DIR", help="where everything is kept (default: %(default)s)")
+    add("--workers", type=int, metavar="N", help="number of processes (default: one per processor)")
+
+    add = parser.add_argument_group("where clips are").add_argument
+    add("--source", help="folder of sequences (challenge), of frames such as gray_micro (release), of flow images "
+        "(folder), or of the databases (raw)")  # fmt: skip
+    add("--test_source", help="folder of test sequences (default: SOURCE/test)")
+    add("--labels", help="CSV of training labels (default: SOURCE/train.csv), or the table of the flow images")
     add("--column", nargs="+", action="extend", metavar="OURS=THEIRS",
-        help="challenge: what the CSV calls a column, e.g. Negative=neg subject=sub_ID")  # fmt: skip
-    add("--workbook", help="release: the labelling workbook (.xlsx)")
-    add("--extractors", nargs="*", default=list(EMBEDDED), metavar="NAME",
+        help="what the CSV calls a column, e.g. Negative=neg subject=sub_ID")  # fmt: skip
+    add("--workbook", help="the labelling workbook (.xlsx)")
+    for database in megc2019.DATABASES:
+        add(f"--{database}", metavar="DIR", help=f"folder of {database}, where it is not in SOURCE under its name")
+    for sheet in megc2019.SHEETS:
+        add(f"--{sheet}", metavar="FILE", help=f"coding sheet of {sheet.removesuffix('_sheet')} (default: found in and "
+            "above its folder)")  # fmt: skip
+    add("--seed", type=int, help="seed of the demo clips (default: 0)")
+    add("--demo_clips", nargs=2, type=int, metavar=("TRAIN", "TEST"),
+        help=f"number of demo clips (default: {' '.join(map(str, four_dme.DEMO_CLIPS))})")  # fmt: skip
+
+    add = parser.add_argument_group("how faces are cut out").add_argument
+    crop = f"any of {', '.join(_names(CropConfig))}, see crops.CropConfig; megc2019/raw: or just 'whole', for frames "
+    add("--crop", nargs="+", action="extend", metavar="FIELD=VALUE", help=f"{crop}that are cropped already")
+
+    add = parser.add_argument_group("features").add_argument
+    add("--extractors", nargs="*", metavar="NAME",
         help=f"features to compute, of {', '.join(EXTRACTORS)} (default: {' '.join(EMBEDDED)})")  # fmt: skip
     add("--features", nargs="+", action="extend", metavar="NAME=DIR", help="features computed elsewhere")
-    add("--feature_frames", default="strict", choices=("strict", "shortest"),
-        help="features from elsewhere: one row per frame of the clip, or cut to the shortest")  # fmt: skip
-    add("--crop", nargs="+", action="extend", metavar="FIELD=VALUE",
-        help=f"how faces are cut out: any of {', '.join(_CROP_FIELDS)} (see crops.CropConfig)")  # fmt: skip
-    add("--workers", type=int, help="number of processes (default: one per processor)")
-    add("--seed", type=int, default=0, help="demo: seed of the clips (default: %(default)s)")
-    add("--demo_clips", nargs=2, type=int, default=four_dme.DEMO_CLIPS, metavar=("TRAIN", "TEST"),
-        help="demo: number of clips (default: 100 28)")  # fmt: skip
+    add("--feature_frames", choices=("strict", "shortest"),
+        help="features from elsewhere: one row per frame of the clip (default), or cut to the shortest")  # fmt: skip
+
+    add = parser.add_argument_group("flow").add_argument
+    apex = f"how the apex is found, see apex.ApexConfig (default: {_values(ApexConfig())}); megc2019/raw: without this "
+    apex += "flag, the frame half-way where the sheet tells none; alone, it stands for the default"
+    add("--apex", nargs="*", action="extend", metavar="FIELD=VALUE", help=apex)
+    flow = f"see flow.FlowConfig (default: {_values(FlowConfig())}; megc2019/raw: "
+    flow += f"{_values(megc2019.DEFAULT_FLOW, FlowConfig())})"
+    add("--flow", nargs="+", action="extend", metavar="FIELD=VALUE", help=flow)
+    add("--size", type=int, help=f"side of the stored maps in px (default: {megc2019.SIZE})")
+    add("--store", choices=megc2019.STORES,
+        help="what is stored: 8-bit images like the published ones (default), or flow in px")  # fmt: skip
     return parser
+
+
+class _HelpFormatter(argparse.HelpFormatter):
+    """Keeps the lines of the list at the end."""
+
+    def _fill_text(self, text: str, width: int, indent: str) -> str:
+        return text if "\n" in text else super()._fill_text(text, width, indent)
+
+
+def _flags_told(dataset: str, flags: Sequence[str]) -> str:
+    text = f"  {dataset:<24}{' '.join(f'--{flag}' for flag in flags)}"
+    return textwrap.fill(text, 100, subsequent_indent=" " * 26, break_on_hyphens=False)
+
+
+def _names(config: Any) -> list[str]:
+    return [field.name for field in dataclasses.fields(config)]
+
+
+def _values(config: Any, but: Any = None) -> str:
+    """Fields and their values, or those that are not as in another config."""
+    values = {name: getattr(config, name) for name in _names(config)}
+    return " ".join(f"{name}={value}" for name, value in values.items() if but is None or value != getattr(but, name))
+
+
+def _frames(given: Mapping[str, Any]) -> dict[str, Any]:
+    """What says where the frames of 4DME are."""
+    plain = _kept(given, "source", "test_source", "labels", "workbook", "seed")
+    if "demo_clips" in given:
+        plain["demo_clips"] = tuple(given["demo_clips"])
+    return {**plain, "columns": _pairs(given.get("column"), "--column")}
+
+
+def _kept(given: Mapping[str, Any], *names: str) -> dict[str, Any]:
+    return {name: given[name] for name in names if name in given}
 
 
 def _pairs(given: Sequence[str] | None, flag: str) -> dict[str, str] | None:
@@ -87,18 +190,24 @@ def _pairs(given: Sequence[str] | None, flag: str) -> dict[str, str] | None:
     return pairs or None
 
 
-def _crop(pairs: dict[str, str] | None, config: str) -> CropConfig | None:
-    """The default crop of a configuration with some fields replaced."""
-    if pairs is None:
-        return None
-    default = four_dme.default_crop(config)
+def _fields(given: Mapping[str, Any], **defaults: Any) -> dict[str, Any]:
+    """Of each flag that was given the default dataclass with the fields replaced that it names."""
+    return {
+        flag: _replaced(f"--{flag}", _pairs(given[flag], f"--{flag}") or {}, default)
+        for flag, default in defaults.items()
+        if flag in given
+    }
+
+
+def _replaced(flag: str, pairs: Mapping[str, str], default: Any) -> Any:
+    names = _names(default)
     values = {}
     for name, text in pairs.items():
-        if name not in _CROP_FIELDS:
-            raise UserError(f"--crop {name}={text}: no such field; there are {', '.join(_CROP_FIELDS)}")
+        if name not in names:
+            raise UserError(f"{flag} {name}={text}: no such field; there are {', '.join(names)}")
         kind = type(getattr(default, name))
         try:
             values[name] = {"true": True, "false": False}[text.lower()] if kind is bool else kind(text)
         except (KeyError, ValueError):
-            raise UserError(f"--crop {name}={text}: a value like {getattr(default, name)} is expected") from None
+            raise UserError(f"{flag} {name}={text}: a value like {getattr(default, name)} is expected") from None
     return dataclasses.replace(default, **values)

@@ -28,6 +28,11 @@ from mer_jax.files import exclusive
 FAMILY = "four_dme_flow"
 DEFAULT_CROP = CropConfig(rule="largest", size=224)
 _MAX_NAMED = 10
+_USED = {
+    "demo": (),
+    "challenge": ("source", "test_source", "labels", "columns"),
+    "release": ("source", "workbook"),
+}
 _DESCRIPTION = """\
 Micro-expression clips as optical flow: one record per clip and view, with the flow from onset to apex and from apex to
 offset, u and v in px of the face crop. Several labels may be 1, and -1 stands for a label that is not known.
@@ -93,8 +98,15 @@ def build(
         UserError: Something is missing, bad or has changed since it was built; the message names it and the remedy.
         KeyboardInterrupt: Ctrl-C, or SIGTERM while flow is computed; finished clips are kept.
     """
-    if config_name not in CONFIGS:
-        raise UserError(f"config '{FAMILY}/{config_name}' is unknown; there are {', '.join(CONFIGS)}")
+    _check(
+        config_name,
+        demo_clips,
+        source=source,
+        test_source=test_source,
+        labels=labels,
+        columns=columns,
+        workbook=workbook,
+    )
     apex, flow = apex or ApexConfig(), flow or FlowConfig()
     settings = settings_of(crop, apex, flow)
     if config_name == "demo":
@@ -116,6 +128,11 @@ def build(
     # What is built needs no lock, so that it may lie on a read-only disk. Clips are only compared where they are said.
     if _is_built(target, find() if source is not None else None):
         return target
+    if source is None and config_name != "demo":
+        raise UserError(
+            f"{FAMILY}/{config_name} is not built yet with these settings: say with --source where its frames are "
+            f"(4DME needs a signed licence; {FAMILY}/demo needs nothing)"
+        )
     work = Path(data_dir) / "work" / FAMILY / config_name
     with exclusive(work, functools.partial(say_waiting, work)):
         if not _is_built(target, None):
@@ -123,6 +140,17 @@ def build(
             paths = prepare(clips, crop, apex, flow, work, workers=workers)
             _write(target, work, config_name, clips, paths, settings, crop)
     return target
+
+
+def _check(config_name: str, demo_clips: tuple[int, int], **sources: Any) -> None:
+    """Refuses options that make no sense before anything is done."""
+    if config_name not in CONFIGS:
+        raise UserError(f"config '{FAMILY}/{config_name}' is unknown; there are {', '.join(CONFIGS)}")
+    for name, value in sources.items():
+        if value is not None and name not in _USED[config_name]:
+            raise UserError(f"{name}: not used by {FAMILY}/{config_name}; leave it out")
+    if min(demo_clips) < 1:
+        raise UserError(f"demo_clips {demo_clips}: at least one training and one test clip are needed")
 
 
 def _is_built(target: Path, clips: list[Clip] | None) -> bool:

@@ -21,10 +21,11 @@ from data_builders.megc2019.demo import VERSION as DEMO_IMAGES_VERSION
 from data_builders.megc2019.demo import make_demo_images
 from data_builders.megc2019.flow_folder import FlowImages, find_table, read_flow_folder
 from data_builders.megc2019.flow_images import CHANNELS, as_image
-from data_builders.megc2019.preparation import fingerprint, load_prepared, prepare, settings_of
-from data_builders.megc2019.raw_frames import RawClip, find_databases, read_raw
+from data_builders.megc2019.preparation import PreparedClip, fingerprint, load_prepared, prepare, settings_of
+from data_builders.megc2019.raw_frames import HALF_WAY, RawClip, find_databases, read_raw
 from data_builders.tfds_files import is_whole, read_metadata
-from mer_jax.clips.crops import Box, CropConfig
+from mer_jax.clips.apex import ApexConfig
+from mer_jax.clips.crops import CropConfig
 from mer_jax.clips.demo import VERSION as DEMO_CLIPS_VERSION
 from mer_jax.clips.flow import FlowConfig
 from mer_jax.errors import UserError
@@ -32,6 +33,8 @@ from mer_jax.files import exclusive
 
 FAMILY = "megc2019"
 CONFIGS = ("folder", "raw", "demo")
+SHEETS = ("casme2_sheet", "samm_sheet")
+SOURCES = (*DATABASES, *SHEETS)  # beside 'source', what says where raw frames are
 STORES = ("image", "flow")
 DEMO_CLIPS = (100, 28)
 SIZE = 28
@@ -41,7 +44,7 @@ DEFAULT_CROP = CropConfig(size=224)
 
 _USED = {
     "folder": ("source", "labels"),
-    "raw": ("source", "casme2", "samm", "smic", "casme2_sheet", "samm_sheet", "crop", "flow", "size", "store"),
+    "raw": ("source", *SOURCES, "crop", "apex", "flow", "size", "store"),
     "demo": ("seed", "demo_clips"),
 }
 _DESCRIPTION = """\
@@ -86,6 +89,7 @@ def build(
     casme2_sheet: str | os.PathLike | None = None,
     samm_sheet: str | os.PathLike | None = None,
     crop: CropConfig | Literal["whole"] | None = None,
+    apex: ApexConfig | None = None,
     flow: FlowConfig | None = None,
     size: int | None = None,
     store: Literal["image", "flow"] | None = None,
@@ -114,6 +118,8 @@ def build(
         samm_sheet: of SAMM.
         crop: Raw: how faces are cut out, :data:`DEFAULT_CROP` unless given; ``'whole'`` takes the frames as they
             are, for releases that are cropped already.
+        apex: Raw: how the apex is found, by Farneback's flow, where the sheet tells none, or in all clips, as its
+            ``use_annotated`` says. Unless given, the frame half-way is taken where the sheet tells none.
         flow: Raw: how flow is computed, :data:`DEFAULT_FLOW` unless given.
         size: Raw: side of the stored maps, 28 unless given.
         store: Raw: ``'image'`` (the default) stretches u, v and strain to 8 bits as the published images do, so that
@@ -138,6 +144,7 @@ def build(
         "casme2_sheet": casme2_sheet,
         "samm_sheet": samm_sheet,
         "crop": crop,
+        "apex": apex,
         "flow": flow,
         "size": size,
         "store": store,
@@ -245,7 +252,9 @@ def _plan_demo(data_dir: Path, given: Mapping[str, Any], workers: int | None) ->
         "seed": seed,
         "demo_clips": list(demo_clips),
         "versions": [DEMO_CLIPS_VERSION, DEMO_IMAGES_VERSION],
-        **settings_of(DEMO_CROP, DEMO_FLOW, SIZE),
+        "crop": DEMO_CROP.settings(),
+        "flow": asdict(DEMO_FLOW),
+        "size": SIZE,
     }
     origin = (
         "Demo flow images, made by this library from clips that it renders from one public-domain photograph. "
@@ -291,7 +300,9 @@ def _write_images(
 def _plan_raw(given: Mapping[str, Any], workers: int | None) -> _Plan:
     folders = find_databases(Path(given["source"])) if "source" in given else {}
     folders |= {database: Path(given[database]) for database in DATABASES if database in given}
-    sheets = {database: given.get(f"{database}_sheet") for database in ("casme2", "samm")}
+    sheets = {
+        database: given.get(f"{database}_sheet") for database in (sheet.removesuffix("_sheet") for sheet in SHEETS)
+    }
     for database, sheet in sheets.items():
         if sheet is not None and database not in folders:
             raise UserError(
@@ -299,14 +310,15 @@ def _plan_raw(given: Mapping[str, Any], workers: int | None) -> _Plan:
             )
     crop = given.get("crop", DEFAULT_CROP)
     crop = None if crop == "whole" else crop
-    flow, size, store = given.get("flow", DEFAULT_FLOW), given.get("size", SIZE), given.get("store", "image")
+    apex, flow = given.get("apex"), given.get("flow", DEFAULT_FLOW)
+    size, store = given.get("size", SIZE), given.get("store", "image")
     settings = {
         **{database: _told(folders.get(database)) for database in DATABASES},
         **{f"{database}_sheet": _told(sheet) for database, sheet in sheets.items()},
-        **settings_of(crop, flow, size),
+        **settings_of(crop, apex, flow, size),
         "store": store,
     }
-    clips, notes = read_raw(folders, sheets)
+    clips, notes = read_raw(folders, sheets, unknown_apex="it was found by motion" if apex else HALF_WAY)
     content = _hash([(clip.name, clip.subject, clip.label, fingerprint(clip)) for clip in clips])
     sources = ", ".join(f"{database} in {settings[database]}" for database in folders)
     origin = (
@@ -315,11 +327,12 @@ def _plan_raw(given: Mapping[str, Any], workers: int | None) -> _Plan:
     )
 
     def write(target: Path, work: Path) -> None:
-        paths = prepare(clips, crop, flow, size, work, workers=workers)
+        paths = prepare(clips, crop, apex, flow, size, work, workers=workers)
         rows, still, no_face = [], {phase: [] for phase in PHASES}, []
         for number, clip in enumerate(clips, start=1):
             prepared = load_prepared(paths[clip.name])
-            rows.append(_raw_row(number, clip, prepared.box))
+            annotated = clip.apex_annotated and (apex is None or apex.use_annotated)
+            rows.append(_raw_row(number, clip, prepared, annotated))
             if not prepared.box.found:
                 no_face.append(clip.name)
             for phase, maps in zip(PHASES, prepared.maps, strict=True):
@@ -371,15 +384,16 @@ def _row(number: int, name: str, subject: str, database: str, label: int) -> dic
     }
 
 
-def _raw_row(number: int, clip: RawClip, box: Box) -> dict[str, Any]:
+def _raw_row(number: int, clip: RawClip, prepared: PreparedClip, annotated: bool) -> dict[str, Any]:
+    box = prepared.box
     return _row(number, clip.name, clip.subject, clip.database, clip.label) | {
         "num_frames": len(clip.frames),
         "box": np.array([box.left, box.top, box.width, box.height], np.int32),
         "face_found": box.found,
         "onset": 0,
-        "apex": clip.apex,
+        "apex": prepared.apex,
         "offset": len(clip.frames) - 1,
-        "apex_annotated": clip.apex_annotated,
+        "apex_annotated": annotated,
     }
 
 
@@ -435,7 +449,7 @@ def _told(value: Any) -> Any:
     """An option as the settings keep it."""
     if isinstance(value, CropConfig):
         return value.settings()
-    if isinstance(value, FlowConfig):
+    if isinstance(value, ApexConfig | FlowConfig):
         return asdict(value)
     if value is None or isinstance(value, int) or value in (*STORES, "whole"):
         return value

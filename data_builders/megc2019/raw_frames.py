@@ -25,6 +25,7 @@ from data_builders.megc2019.composite import (
 )
 from mer_jax.errors import UserError
 
+HALF_WAY = "the frame half-way was taken"
 FRAME_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp")
 _COLUMNS = {
     "Subject": ("subject",),
@@ -83,7 +84,10 @@ class _Notes:
 
 
 def read_raw(
-    folders: Mapping[str, Path], sheets: Mapping[str, Path | None] | None = None
+    folders: Mapping[str, Path],
+    sheets: Mapping[str, Path | None] | None = None,
+    *,
+    unknown_apex: str = HALF_WAY,
 ) -> tuple[list[RawClip], list[str]]:
     """Reads one or several of the databases, mapped to the composite's classes.
 
@@ -91,6 +95,7 @@ def read_raw(
         folders: Database to the folder of its release, or of its frames.
         sheets: Database (``'casme2'``, ``'samm'``) to its coding sheet, looked for in and above the folder unless
             given.
+        unknown_apex: What is done where no apex is annotated, in words for the notes.
 
     Returns:
         (clips by database and in the order of the sheet, or of their names; notes).
@@ -104,10 +109,12 @@ def read_raw(
         if database not in folders:
             continue
         if database == "smic":
-            of_database, lines = _read_smic(Path(folders[database]))
+            of_database, lines = _read_smic(Path(folders[database]), unknown_apex)
         else:
             sheet = (sheets or {}).get(database)
-            of_database, lines = _read_coded(database, Path(folders[database]), Path(sheet) if sheet else None)
+            of_database, lines = _read_coded(
+                database, Path(folders[database]), Path(sheet) if sheet else None, unknown_apex
+            )
         clips += of_database
         notes += lines
     subjects, shared = unique_subjects([clip.database for clip in clips], [clip.subject for clip in clips])
@@ -145,7 +152,7 @@ def find_databases(source: Path) -> dict[str, Path]:
 # --- CASME II and SAMM ------------------------------------------------------------------------------------
 
 
-def _read_coded(database: str, root: Path, sheet: Path | None) -> tuple[list[RawClip], list[str]]:
+def _read_coded(database: str, root: Path, sheet: Path | None, unknown_apex: str) -> tuple[list[RawClip], list[str]]:
     top = _subjects_top(database, root)
     sheet = sheet or _find_sheet(database, root, top)
     subject_of = _casme2_subject if database == "casme2" else _samm_subject
@@ -185,7 +192,7 @@ def _read_coded(database: str, root: Path, sheet: Path | None) -> tuple[list[Raw
         if folder is None:
             notes.add("without a folder of frames, left out", name)
             continue
-        clip = _cut(database, where, row, folder, name, subject, label, notes)
+        clip = _cut(database, where, row, folder, name, subject, label, notes, unknown_apex)
         if clip is not None:
             clips.append(clip)
     if not clips:
@@ -222,6 +229,7 @@ def _cut(
     subject: str,
     label: int,
     notes: _Notes,
+    unknown_apex: str,
 ) -> RawClip | None:
     """The frames of one row from onset to offset; None, with a note, where there are not two."""
     files = _numbered_frames(folder)
@@ -234,7 +242,7 @@ def _cut(
     annotated = apex is not None and onset < apex <= offset
     if not annotated:
         apex = (onset + offset) // 2
-        notes.add("without a usable apex frame in the sheet, so that the frame half-way was taken", name)
+        notes.add(f"without a usable apex frame in the sheet, so that {unknown_apex}", name)
 
     numbers = [number for number in files if onset <= number <= offset]
     if not numbers and len(files) == offset - onset + 1:
@@ -364,7 +372,7 @@ def _frame_number(text: str) -> int | None:
 # --- SMIC -------------------------------------------------------------------------------------------------
 
 
-def _read_smic(root: Path) -> tuple[list[RawClip], list[str]]:
+def _read_smic(root: Path, unknown_apex: str) -> tuple[list[RawClip], list[str]]:
     top = _subjects_top("smic", root)
     notes = _Notes("smic")
     clips: list[RawClip] = []
@@ -396,7 +404,7 @@ def _read_smic(root: Path) -> tuple[list[RawClip], list[str]]:
     repeated = [name for name, count in Counter(clip.name for clip in clips).items() if count > 1]
     if repeated:
         raise UserError(f"{top}: {counted(len(repeated), 'clip')} twice, such as {repeated[0]!r}; remove the copies")
-    lines = [f"smic: has no annotated apex, so that the frame half-way was taken in all {len(clips)} clips"]
+    lines = [f"smic: has no annotated apex, so that {unknown_apex} in all {len(clips)} clips"]
     if gone:
         lines.append(f"smic: {counted(len(gone), 'whole subject')} without a clip: {some(gone)}")
     if extra:

@@ -11,7 +11,6 @@ import math
 from collections.abc import Iterable
 
 import numpy as np
-from scipy.ndimage import gaussian_filter1d, median_filter
 
 from mer_jax.clips.flow import FlowConfig, dense_flow, resize_flow
 from mer_jax.errors import UserError
@@ -110,6 +109,8 @@ def flow_intensity(fields: Iterable[np.ndarray], compensate: str = "none", blink
     face = _in_disc(*_grid(_GRID, _GRID)) if compensate == "rigid" else np.ones((_GRID, _GRID), bool)
     lengths = np.concatenate(lengths)[:, face]  # (T, G, G) -> (T, P)
     if blink:
+        from scipy.ndimage import median_filter
+
         lasting = median_filter(lengths, size=(blink, 1), mode="nearest").max(axis=0)  # (P,)
         lengths = lengths * (lasting / np.maximum(lengths.max(axis=0), _STILL)) ** 2
     return np.sqrt(np.mean(lengths**2, axis=1)) * pixels
@@ -170,8 +171,11 @@ def find_apex(intensity: np.ndarray, smooth: float = 0.0) -> int:
         return 1
     if not np.any(intensity):
         return min(max(count // 2, 1), count - 2)
-    smoothed = gaussian_filter1d(intensity, smooth, mode="nearest") if smooth else intensity
-    return 1 + int(np.argmax(smoothed[1:-1]))
+    if smooth:
+        from scipy.ndimage import gaussian_filter1d
+
+        intensity = gaussian_filter1d(intensity, smooth, mode="nearest")
+    return 1 + int(np.argmax(intensity[1:-1]))
 
 
 def _grid(height: int, width: int) -> tuple[np.ndarray, np.ndarray]:

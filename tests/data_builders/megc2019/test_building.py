@@ -1,5 +1,6 @@
 """The builder from files to records: what is in them, what is reused, and what is said when something is wrong."""
 
+import dataclasses
 import json
 import shutil
 
@@ -14,6 +15,7 @@ from data_builders import megc2019
 from data_builders.megc2019 import demo, preparation
 from data_builders.megc2019.flow_folder import read_flow_folder
 from data_builders.megc2019.flow_images import as_image, flow_maps
+from mer_jax.clips.apex import ApexConfig
 from mer_jax.clips.crops import CropConfig, crop_clip, face_box
 from mer_jax.clips.demo import load_ground_truth
 from mer_jax.clips.faces import FaceDetector
@@ -122,6 +124,7 @@ def test_changed_images_and_lost_records(few, made, tmp_path):
         ("files", {}, r"config 'megc2019/files' is unknown; there are folder, raw, demo"),
         ("folder", {"casme2": "x"}, r"casme2: not used by megc2019/folder; leave it out"),
         ("folder", {"crop": CropConfig()}, r"crop: not used by megc2019/folder"),
+        ("demo", {"apex": ApexConfig()}, r"apex: not used by megc2019/demo"),
         ("raw", {"labels": "x"}, r"labels: not used by megc2019/raw"),
         ("demo", {"source": "x"}, r"source: not used by megc2019/demo"),
         ("raw", {"store": "png"}, r"store 'png': choose one of image, flow"),
@@ -202,6 +205,38 @@ def test_flow_in_pixels_is_kept_on_request(build_raw):
     np.testing.assert_allclose(np.median(record["flow"]["apex_offset"][..., 0]), -224 / 96, rtol=0.1)
     assert abs(np.median(flow[..., 1])) < 0.1
     assert metadata(folder)["channels"] == ["u", "v"]
+
+
+def test_an_apex_is_looked_for_where_none_is_annotated(raw_made, tmp_path):
+    top = tmp_path / "CASME II"
+    header, row = raw_made.casme2_header, raw_made.casme2_row
+    sheet = top / "CASME2-coding-20140508.xlsx"
+    names = [f"img{number}.jpg" for number in range(1, 14)]
+    # Farthest at the fourth of 13 frames, index 3.
+    shifts = [0, 0.5, 1, 1.5, *np.linspace(1.35, 0, 9)]
+    for clip in ("EP01_01", "EP02_01"):
+        raw_made.write_frames(top / "sub01" / clip, names, shifts)
+    raw_made.write_sheet(
+        sheet, header, [row(1, "EP01_01", 1, 10, 13, "disgust"), row(1, "EP02_01", 1, "/", 13, "surprise")]
+    )
+
+    def apexes(**options):
+        folder = megc2019.build(
+            "raw", data_dir=tmp_path / "data", casme2=top, crop="whole", flow=FARNEBACK, workers=1, **options
+        )
+        return [(int(record["apex"]), bool(record["apex_annotated"])) for record in read(folder)], metadata(folder)
+
+    plain = ApexConfig(compensate="none", blink=0, smooth=0.0)
+    assert apexes()[0] == [(9, True), (6, False)]
+    found, facts = apexes(apex=plain)
+    assert found == [(9, True), (3, False)] and facts["settings"]["apex"]["smooth"] == 0.0
+    assert any(
+        line.endswith("apex frame in the sheet, so that it was found by motion: sub01_EP02_01")
+        for line in facts["exceptions"]
+    )
+    found, facts = apexes(apex=dataclasses.replace(plain, use_annotated=False))
+    assert found == [(3, False), (3, False)]
+    assert facts["statistics"]["train"]["apex_annotated"] == 0
 
 
 def test_settings_have_their_own_folders_and_share_finished_clips(build_raw, prepared, raw, tmp_path):

@@ -1,0 +1,64 @@
+"""The composite through ``scripts/build_data.py``, as a user builds it."""
+
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import tensorflow_datasets as tfds
+
+
+@pytest.fixture
+def door(repository, tmp_path):
+    """Opens the door in ``tmp_path`` and returns the folder of the data set and what was told on stderr."""
+
+    def build(dataset, *flags):
+        done = subprocess.run(
+            [sys.executable, str(repository / "scripts" / "build_data.py"), "--dataset", dataset, *map(str, flags)],
+            cwd=tmp_path,
+            capture_output=True,
+            text=True,
+            timeout=120,
+            check=False,
+        )
+        assert done.returncode == 0, done.stderr
+        (line,) = done.stdout.splitlines()
+        return tmp_path / line, done.stderr
+
+    return build
+
+
+def test_flow_images(few, door):
+    folder, told = door("megc2019/folder", "--source", few.folder, "--labels", few.table)
+    assert folder.parts[-2].startswith("folder-")
+    assert len(tfds.builder_from_directory(folder).as_data_source("train")) == 12
+    assert all(line.startswith("note: ") for line in told.splitlines()) and "the composite has" in told
+    assert door("megc2019/folder") == (folder, "")
+
+
+def test_raw_frames_as_asked_for(raw, door):
+    folder, told = door(
+        "megc2019/raw", "--casme2", raw.casme2, "--casme2_sheet", raw.casme2_sheet, "--smic", raw.smic,
+        "--crop", "whole", "--apex", "compensate=none", "blink=0", "--flow", "method=farneback", "--size", 14,
+        "--store", "flow", "--workers", 1,
+    )  # fmt: skip
+    settings = json.loads((folder / "metadata.json").read_text())["settings"]
+    assert settings["crop"] == "whole" and settings["size"] == 14 and settings["store"] == "flow"
+    assert settings["flow"]["method"] == "farneback" and settings["apex"]["compensate"] == "none"
+    records = tfds.builder_from_directory(folder).as_data_source("train")
+    assert len(records) == 6 and records[0]["flow"]["onset_apex"].shape == (14, 14, 2)
+    assert "note: smic: has no annotated apex, so that it was found by motion in all 3 clips" in told
+    whole, _ = door("megc2019/raw", "--source", raw.root, "--crop", "size=40", "rule=largest", "--flow", "warps=1")
+    settings = json.loads((whole / "metadata.json").read_text())["settings"]
+    assert settings["crop"]["size"] == 40 and settings["crop"]["rule"] == "largest"
+    assert settings["flow"]["method"] == "tvl1" and settings["flow"]["warps"] == 1 and "half way" in settings["apex"]
+
+
+def test_demo(door, tmp_path):
+    folder, told = door("megc2019/demo", "--demo_clips", 6, 1, "--seed", 3)
+    assert told == "" or all("it/s" in line or "clip" in line for line in told.splitlines())
+    records = tfds.builder_from_directory(folder).as_data_source("train")
+    assert records[0]["flow"]["onset_apex"].shape == (28, 28, 3) and np.ptp(records[0]["flow"]["onset_apex"]) == 255
+    manifest = json.loads((tmp_path / "data" / "clips" / "megc2019_demo" / "demo.json").read_text())
+    assert manifest["seed"] == 3 and manifest["demo_clips"] == [6, 1]
