@@ -40,10 +40,45 @@ def get_config(variant: str = "micro_attnet") -> ConfigDict:
     data.smic = ""
     data.casme2_sheet = ""  # 'raw': their coding sheets
     data.samm_sheet = ""
+    # 'raw': how flow is made of the frames; leave it as it is for the others.
+    data.raw = ConfigDict()
+    # The face box of the first frame, of the frame where it is 'largest', or no box ('whole', for cropped releases).
+    data.raw.crop = ConfigDict({"rule": "first", "scale": 1.5, "square": True, "size": 224})
+    # The apex where the sheet tells none: the frame 'half_way', or by 'motion' (as in configs/micro_attnet.py, whose
+    # other fields these are; use_annotated=False finds all by motion).
+    data.raw.apex = ConfigDict(
+        {"rule": "half_way", "use_annotated": True, "compensate": "rigid", "blink": 7, "smooth": 1.0}
+    )
+    data.raw.flow = ConfigDict(
+        {
+            "method": "tvl1",  # with the fields from 'tau' on, or 'farneback' by 'opencv' or 'jax'
+            "backend": "opencv",
+            "pyr_scale": 0.5,
+            "levels": 3,
+            "winsize": 15,
+            "iterations": 3,
+            "poly_n": 5,
+            "poly_sigma": 1.2,
+            "gaussian_window": False,
+            "tau": 0.25,
+            "lambda_": 0.15,
+            "theta": 0.3,
+            "scales": 5,
+            "scale_step": 0.8,
+            "warps": 5,
+            "epsilon": 0.01,
+            "inner_iterations": 30,
+            "outer_iterations": 10,
+            "gamma": 0.0,
+            "median_filtering": 5,
+        }
+    )
+    data.raw.size = 28  # side of the maps that are stored, in pixels
+    data.raw.store = "image"  # 8-bit images of u, v and strain like the published ones, or 'flow': u and v in px
     data.workers = 0  # processes that prepare clips; 0 for one a core
     data.phases = ("onset_apex",)
     data.channels = ("strain", "v", "u")  # in the order in which STSTNet's authors read the images
-    data.size = 0  # as stored, 28 pixels a side
+    data.size = 0  # pixels a side to which a model's input is averaged down; 0 keeps what is stored
     data.normalise = "none"  # 'none' keeps 0 to 255; 'standard', 'scale' (fitted on the training folds) or 'sample'
     data.flip = 0.0
     data.shift = 0

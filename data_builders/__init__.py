@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from mer_jax.errors import UserError
 
@@ -42,17 +43,12 @@ def _told(data: Mapping, *fields: str) -> dict:
     return {field: data[field] or None for field in fields}
 
 
-def _flow_config(fields: Mapping):
-    from mer_jax.clips.flow import FlowConfig
-
-    return FlowConfig(**dict(fields))
-
-
 def _four_dme_flow(name: str, data: Mapping, extractors: Sequence[str]) -> Path:
     del extractors
     from data_builders import four_dme_flow
     from mer_jax.clips.apex import ApexConfig
     from mer_jax.clips.crops import CropConfig
+    from mer_jax.clips.flow import FlowConfig
 
     _known("four_dme_flow", name, four_dme_flow.CONFIGS)
     return four_dme_flow.build(
@@ -61,7 +57,7 @@ def _four_dme_flow(name: str, data: Mapping, extractors: Sequence[str]) -> Path:
         columns=dict(_pair("columns", text) for text in data["columns"]) or None,
         crop=CropConfig(**dict(data["crop"])),
         apex=ApexConfig(**dict(data["apex"])),
-        flow=_flow_config(data["flow"]),
+        flow=FlowConfig(**dict(data["flow"])),
         **_told(data, "source", "test_source", "labels", "workbook", "workers"),
     )
 
@@ -71,11 +67,53 @@ def _megc2019(name: str, data: Mapping, extractors: Sequence[str]) -> Path:
     from data_builders import megc2019
 
     _known("megc2019", name, megc2019.CONFIGS)
+    options = raw_options(data)
+    if name != "raw":
+        unused = [field for field, value in options.items() if value != megc2019.RAW_DEFAULTS[field]]
+        if unused:
+            raise UserError(f"config.data.raw.{unused[0]}: not used by megc2019/{name}; leave it as it is")
+        options = {}
     return megc2019.build(
         name,
         data_dir=data["data_dir"],
-        **_told(data, "source", "labels", "casme2", "samm", "smic", "casme2_sheet", "samm_sheet", "workers"),
+        **_told(data, "source", "labels", *megc2019.SOURCES, "workers"),
+        **options,
     )
+
+
+def raw_options(data: Mapping) -> dict[str, Any]:
+    """How the config of a study of the composite makes flow of frames.
+
+    Args:
+        data: ``config.data`` of ``configs/megc2019.py``, of which ``raw`` is read.
+
+    Returns:
+        ``crop``, ``apex``, ``flow``, ``size`` and ``store`` as :func:`data_builders.megc2019.build` takes them.
+
+    Raises:
+        UserError: A field has no meaning.
+    """
+    from mer_jax.clips.apex import ApexConfig
+    from mer_jax.clips.crops import RULES, CropConfig
+    from mer_jax.clips.flow import FlowConfig
+
+    raw = data["raw"]
+    apex = dict(raw["apex"])
+    rule = apex.pop("rule")
+    if rule not in ("half_way", "motion"):
+        raise UserError(f"config.data.raw.apex.rule={rule!r}: must be 'half_way' or 'motion'")
+    if rule == "half_way" and not apex["use_annotated"]:
+        raise UserError("config.data.raw.apex.use_annotated=False: needs config.data.raw.apex.rule='motion'")
+    if raw["crop"]["rule"] not in (*RULES, "whole"):
+        known = ", ".join(map(repr, (*RULES, "whole")))
+        raise UserError(f"config.data.raw.crop.rule={raw['crop']['rule']!r}: must be one of {known}")
+    return {
+        "crop": "whole" if raw["crop"]["rule"] == "whole" else CropConfig(**dict(raw["crop"])),
+        "apex": ApexConfig(**apex) if rule == "motion" else "half_way",
+        "flow": FlowConfig(**dict(raw["flow"])),
+        "size": raw["size"],
+        "store": raw["store"],
+    }
 
 
 def _four_dme(name: str, data: Mapping, extractors: Sequence[str]) -> Path:

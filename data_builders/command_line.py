@@ -72,8 +72,10 @@ def _four_dme_flow(config: str, given: dict[str, Any]) -> dict[str, Any]:
 def _megc2019(config: str, given: dict[str, Any]) -> dict[str, Any]:
     del config
     plain = _kept(given, "source", "labels", *megc2019.SOURCES, "size", "store", "seed", "demo_clips")
-    if given.get("crop") == ["whole"]:
-        plain["crop"] = given.pop("crop")[0]
+    for flag, word in (("crop", "whole"), ("apex", "half_way")):
+        if given.get(flag) == [word]:
+            given.pop(flag)
+            plain[flag] = word
     defaults = {"crop": megc2019.DEFAULT_CROP, "apex": ApexConfig(), "flow": megc2019.DEFAULT_FLOW}
     return {**plain, **_fields(given, **defaults)}
 
@@ -131,9 +133,9 @@ def _parser() -> argparse.ArgumentParser:
         help="features from elsewhere: one row per frame of the clip (default), or cut to the shortest")  # fmt: skip
 
     add = parser.add_argument_group("flow").add_argument
-    apex = f"how the apex is found, see apex.ApexConfig (default: {_values(ApexConfig())}); megc2019/raw: without this "
-    apex += "flag, the frame half-way where the sheet tells none; alone, it stands for the default"
-    add("--apex", nargs="*", action="extend", metavar="FIELD=VALUE", help=apex)
+    apex = f"how the apex is found, see apex.ApexConfig (default: {_values(ApexConfig())}); megc2019/raw: or just "
+    apex += "'half_way' (default), the frame half-way where the sheet tells none"
+    add("--apex", nargs="+", action="extend", metavar="FIELD=VALUE", help=apex)
     flow = f"see flow.FlowConfig (default: {_values(FlowConfig())}; megc2019/raw: "
     flow += f"{_values(megc2019.DEFAULT_FLOW, FlowConfig())})"
     add("--flow", nargs="+", action="extend", metavar="FIELD=VALUE", help=flow)

@@ -41,10 +41,12 @@ SIZE = 28
 # The field's images are TV-L1, as far as is known.
 DEFAULT_FLOW = FlowConfig(method="tvl1")
 DEFAULT_CROP = CropConfig(size=224)
+# What 'raw' takes beside its sources.
+RAW_DEFAULTS = {"crop": DEFAULT_CROP, "apex": "half_way", "flow": DEFAULT_FLOW, "size": SIZE, "store": "image"}
 
 _USED = {
     "folder": ("source", "labels"),
-    "raw": ("source", *SOURCES, "crop", "apex", "flow", "size", "store"),
+    "raw": ("source", *SOURCES, *RAW_DEFAULTS),
     "demo": ("seed", "demo_clips"),
 }
 _DESCRIPTION = """\
@@ -89,7 +91,7 @@ def build(
     casme2_sheet: str | os.PathLike | None = None,
     samm_sheet: str | os.PathLike | None = None,
     crop: CropConfig | Literal["whole"] | None = None,
-    apex: ApexConfig | None = None,
+    apex: ApexConfig | Literal["half_way"] | None = None,
     flow: FlowConfig | None = None,
     size: int | None = None,
     store: Literal["image", "flow"] | None = None,
@@ -119,7 +121,7 @@ def build(
         crop: Raw: how faces are cut out, :data:`DEFAULT_CROP` unless given; ``'whole'`` takes the frames as they
             are, for releases that are cropped already.
         apex: Raw: how the apex is found, by Farneback's flow, where the sheet tells none, or in all clips, as its
-            ``use_annotated`` says. Unless given, the frame half-way is taken where the sheet tells none.
+            ``use_annotated`` says. ``'half_way'``, the default, takes the frame half-way where the sheet tells none.
         flow: Raw: how flow is computed, :data:`DEFAULT_FLOW` unless given.
         size: Raw: side of the stored maps, 28 unless given.
         store: Raw: ``'image'`` (the default) stretches u, v and strain to 8 bits as the published images do, so that
@@ -176,6 +178,8 @@ def _check(config: str, given: Mapping[str, Any]) -> None:
         raise UserError(f"store {given['store']!r}: choose one of {', '.join(STORES)}")
     if given.get("size", SIZE) < 1:
         raise UserError(f"size {given['size']}: must be at least 1; the published images have {SIZE}")
+    if isinstance(given.get("apex"), str) and given["apex"] != "half_way":
+        raise UserError(f"apex {given['apex']!r}: give how it is found, or 'half_way' for the frame half-way")
     if isinstance(given.get("crop"), str) and given["crop"] != "whole":
         raise UserError(f"crop {given['crop']!r}: give a crop, or 'whole' for frames that are cropped already")
     if min(given.get("demo_clips", DEMO_CLIPS)) < 1:
@@ -308,10 +312,9 @@ def _plan_raw(given: Mapping[str, Any], workers: int | None) -> _Plan:
             raise UserError(
                 f"{database}_sheet: there are no frames of {database}; say with --{database} where they are"
             )
-    crop = given.get("crop", DEFAULT_CROP)
+    crop, apex, flow, size, store = (given.get(name, default) for name, default in RAW_DEFAULTS.items())
     crop = None if crop == "whole" else crop
-    apex, flow = given.get("apex"), given.get("flow", DEFAULT_FLOW)
-    size, store = given.get("size", SIZE), given.get("store", "image")
+    apex = None if apex == "half_way" else apex
     settings = {
         **{database: _told(folders.get(database)) for database in DATABASES},
         **{f"{database}_sheet": _told(sheet) for database, sheet in sheets.items()},
@@ -451,7 +454,7 @@ def _told(value: Any) -> Any:
         return value.settings()
     if isinstance(value, ApexConfig | FlowConfig):
         return asdict(value)
-    if value is None or isinstance(value, int) or value in (*STORES, "whole"):
+    if value is None or isinstance(value, int) or value in (*STORES, "whole", "half_way"):
         return value
     return str(Path(value).resolve())
 

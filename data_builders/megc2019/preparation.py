@@ -50,7 +50,7 @@ def settings_of(crop: CropConfig | None, apex: ApexConfig | None, flow: FlowConf
     """What the maps depend on, JSON-able; the arguments are those of :func:`prepare`."""
     return {
         "crop": crop.settings() if crop else "whole",
-        "apex": asdict(apex) if apex else "half way unless annotated",
+        "apex": asdict(apex) if apex else "half_way",
         "flow": asdict(flow),
         "size": size,
     }

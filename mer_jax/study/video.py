@@ -201,8 +201,23 @@ def _settings(config: ConfigDict) -> tuple[CropConfig, FlowConfig, ApexConfig]:
     if uses_flow(config):
         from data_builders.megc2019 import DEFAULT_CROP
 
-        return DEFAULT_CROP, FlowConfig(), ApexConfig()
+        raw = _raw_options(config)
+        crop, apex = (raw[name] for name in ("crop", "apex"))
+        # A video is never cropped already, and no sheet tells its apex.
+        return (
+            crop if isinstance(crop, CropConfig) else DEFAULT_CROP,
+            FlowConfig(),
+            apex if isinstance(apex, ApexConfig) else ApexConfig(),
+        )
     return dataclasses.replace(CropConfig(), size=_SHOWN_SIZE), FlowConfig(), ApexConfig()
+
+
+def _raw_options(config: ConfigDict) -> Mapping:
+    """How a study of the composite made flow of frames; those of published or demo images are taken for ours."""
+    from data_builders import raw_options
+    from data_builders.megc2019 import RAW_DEFAULTS
+
+    return raw_options(config.data) if config.data.dataset == "megc2019/raw" else RAW_DEFAULTS
 
 
 def _notes(config: ConfigDict, look: Look) -> list[str]:
@@ -314,13 +329,15 @@ def _flow_of(config: ConfigDict, look: Look, phases: Sequence[str]) -> tuple[np.
         flow = dense_flow(pictures[:-1], pictures[1:], FlowConfig(**dict(config.data.flow)))[rows]
         stored = flow_channels(flow, channels)
     else:
-        from data_builders.megc2019 import DEFAULT_FLOW
-        from data_builders.megc2019.building import SIZE
         from data_builders.megc2019.flow_images import CHANNELS, as_image, flow_maps
 
-        flow = dense_flow(pictures[:-1], pictures[1:], DEFAULT_FLOW)[rows]
-        images = as_image(flow_maps(pictures, DEFAULT_FLOW, SIZE))[rows].astype(np.float32)
-        stored = images[..., [CHANNELS.index(name) for name in channels]]
+        raw = _raw_options(config)
+        flow = dense_flow(pictures[:-1], pictures[1:], raw["flow"])[rows]
+        maps = flow_maps(pictures, raw["flow"], raw["size"])[rows]  # (P, S, S, 3)
+        if raw["store"] == "image":
+            stored = as_image(maps).astype(np.float32)[..., [CHANNELS.index(name) for name in channels]]
+        else:
+            stored = flow_channels(maps[..., :2], channels)
     return flow, stored if size in (0, stored.shape[1]) else resize_flow(stored, size)
 
 

@@ -114,8 +114,12 @@ def test_help_is_quick_to_load():
         (["four_dme_flow/demo", "--store", "flow"], "--store: not used by four_dme_flow/demo"),
         (["four_dme_flow/demo", "--demo_clips", "0", "1"], "at least one training and one test clip are needed"),
         (["megc2019/folder"], "megc2019/folder is not built yet: say with --source where its images are"),
-        (["megc2019/folder", "--apex"], "--apex: not used by megc2019/folder, which takes --source --labels; leave"),
+        (
+            ["megc2019/folder", "--apex", "blink=0"],
+            "--apex: not used by megc2019/folder, which takes --source --labels; leave",
+        ),
         (["megc2019/folder", "--source", "x"], "x: no such folder of flow images"),
+        (["megc2019/raw", "--apex", "middle"], "--apex middle: write it as NAME=VALUE"),
         (["megc2019/raw", "--labels", "x"], "--labels: not used by megc2019/raw"),
         (["megc2019/raw", "--crop", "whole", "size=4"], "--crop whole: write it as NAME=VALUE"),
         (["megc2019/raw", "--size", "0", "--smic", "x"], "size 0: must be at least 1"),

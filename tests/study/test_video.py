@@ -16,7 +16,7 @@ from configs.micro_attnet import get_config as micro_attnet_config
 from mer_jax.clips.apex import ApexConfig
 from mer_jax.clips.crops import CropConfig, crop_clip, face_box
 from mer_jax.clips.faces import FaceDetector
-from mer_jax.clips.flow import FlowConfig, dense_flow, resize_flow, to_grey
+from mer_jax.clips.flow import FlowConfig, dense_flow, flow_channels, resize_flow, to_grey
 from mer_jax.clips.video import read_video
 from mer_jax.errors import UserError
 from mer_jax.models.registry import build_learner
@@ -261,6 +261,34 @@ def test_flow_images_are_those_of_the_composite(video, class_run, monkeypatch):
     three = look.grey[[0, look.apex]]
     v = resize_flow(dense_flow(three[0], three[1], FlowConfig(method="tvl1")), 28)[..., 1]
     assert np.corrcoef(image[0, ..., 1].ravel(), v.ravel())[0, 1] > 0.999
+
+
+def test_flow_of_raw_frames_is_made_as_their_study_made_it(video, tmp_path, monkeypatch):
+    from mer_jax.study import video as module
+
+    fields = {
+        "data.dataset": "megc2019/raw",
+        "data.raw.crop.rule": "largest",
+        "data.raw.crop.size": 112,
+        "data.raw.apex.rule": "motion",
+        "data.raw.apex.blink": 0,
+        "data.raw.flow.method": "farneback",
+        "data.raw.size": 56,
+        "data.raw.store": "flow",
+        "data.size": 28,
+    }
+    run = make_run(tmp_path / "raw", megc_config("ststnet"), flow_data(classes=True, side=28), **fields)
+    crop, _, apex = module._settings(read_config(run))
+    assert crop == CropConfig(rule="largest", size=112) and apex == ApexConfig(blink=0)
+    seen = {}
+    kept = module.prepare_flow
+    monkeypatch.setattr(module, "prepare_flow", lambda data, *rest: seen.update(data.features) or kept(data, *rest))
+    look = look_at_video(video, crop, FLOW, apex)
+    prediction = run_study(run, read_config(run), StudyResults.load(run), look, video)
+    flow = dense_flow(look.grey[0], look.grey[look.apex], FLOW)
+    np.testing.assert_array_equal(prediction.flow[0], flow)
+    channels = flow_channels(resize_flow(flow, 56), ("strain", "v", "u"))
+    np.testing.assert_allclose(seen["flow"][0], resize_flow(channels, 28), atol=1e-6)
 
 
 def test_a_study_of_features(video, feature_run, tmp_path, capsys):

@@ -129,6 +129,7 @@ def test_changed_images_and_lost_records(few, made, tmp_path):
         ("demo", {"source": "x"}, r"source: not used by megc2019/demo"),
         ("raw", {"store": "png"}, r"store 'png': choose one of image, flow"),
         ("raw", {"size": 0}, r"size 0: must be at least 1"),
+        ("raw", {"apex": "middle"}, r"apex 'middle': give how it is found, or 'half_way'"),
         ("raw", {"crop": "none"}, r"crop 'none': give a crop, or 'whole'"),
         ("raw", {}, r"megc2019/raw is not built yet: say with --source where its databases are"),
         ("raw", {"smic": ".", "samm_sheet": "x"}, r"samm_sheet: there are no frames of samm; say with --samm"),
@@ -228,6 +229,7 @@ def test_an_apex_is_looked_for_where_none_is_annotated(raw_made, tmp_path):
 
     plain = ApexConfig(compensate="none", blink=0, smooth=0.0)
     assert apexes()[0] == [(9, True), (6, False)]
+    assert apexes(apex="half_way") == apexes()
     found, facts = apexes(apex=plain)
     assert found == [(9, True), (3, False)] and facts["settings"]["apex"]["smooth"] == 0.0
     assert any(
