@@ -1,9 +1,10 @@
 """Tensors from ``.pt`` and arrays from pickled ``.npy`` files, without PyTorch and without running pickles.
 
-A pickle is a program. The readers here give it a vocabulary of a dozen harmless names (how a tensor or an
-array is put together, nothing else) and refuse a file that asks for any other, naming what it asked for. Not
-even NumPy's own array unpickling is called: descriptions are collected first and turned into arrays after
-bounds checks, so a damaged or hostile file can end only in a :class:`~mer_jax.errors.UserError`.
+A pickle is a program. The readers here give it a vocabulary of some harmless names (how a tensor or an array is
+put together, and the plain containers and settings that stand beside weights) and refuse a file that asks for any
+other, naming what it asked for. None of these names is the real thing: descriptions are collected first and turned
+into arrays after bounds checks, so a damaged or hostile file can end only in a
+:class:`~mer_jax.errors.UserError`.
 """
 
 import contextlib
@@ -17,7 +18,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, BinaryIO
+from typing import IO, Any, BinaryIO
 
 import ml_dtypes
 import numpy as np
@@ -37,6 +38,7 @@ _STORAGES = {
     "ByteStorage": np.dtype("u1"),
     "BoolStorage": np.dtype("?"),
 }
+_TORCH_DTYPES = ("float64", "float32", "float16", "bfloat16", "int64", "int32", "int16", "int8", "uint8", "bool")
 _LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
 _LEGACY_PROTOCOL = 1001
 
@@ -53,7 +55,9 @@ def read_pt(path: str | os.PathLike) -> Any:
 
     Returns:
         The same structure with a NumPy array for each tensor: same shape, same bits, C-contiguous, writable;
-        bfloat16 as ``ml_dtypes.bfloat16``. Parameters become arrays, ordered dicts become dicts.
+        bfloat16 as ``ml_dtypes.bfloat16``. Tensors that share all of their elements in the file share them here.
+        Parameters become arrays; ordered dicts, counters and ``argparse.Namespace`` become dicts; ``torch.dtype`` and
+        ``torch.device`` become their names.
 
     Raises:
         UserError: The file is missing, damaged, no ``torch.save`` file, or asks for anything but tensors.
@@ -184,141 +188,6 @@ class _Vocabulary(pickle.Unpickler):
             raise _Forbidden(f"{module}.{name}") from None
 
 
-# --- torch --------------------------------------------------------------------------------------------------
-
-
-@dataclasses.dataclass
-class _Storage(_Sealed):
-    """One run of elements; a legacy file tells its bytes only after the tensors that use it."""
-
-    dtype: np.dtype
-    count: int
-    data: bytes | None = None
-
-
-@dataclasses.dataclass
-class _Tensor(_Sealed):
-    """A strided window on a storage."""
-
-    storage: _Storage
-    offset: int
-    shape: tuple[int, ...]
-    strides: tuple[int, ...]
-
-    def to_array(self) -> np.ndarray:
-        numbers = (self.offset, *self.shape, *self.strides)
-        if any(type(number) is not int or number < 0 for number in numbers):
-            raise _Damaged("a tensor's offset, size or stride is not a natural number")
-        if len(self.shape) != len(self.strides):
-            raise _Damaged("a tensor has another number of sizes than of strides")
-        data = self.storage.data
-        if data is None or len(data) != self.storage.count * self.storage.dtype.itemsize:
-            raise _Damaged("a tensor's bytes are missing")
-        if 0 in self.shape:
-            return np.zeros(self.shape, self.storage.dtype)
-        last = self.offset + sum((n - 1) * s for n, s in zip(self.shape, self.strides, strict=True))
-        # Broadcast (stride 0) dimensions may legitimately repeat elements, but never a file's worth of them.
-        if last >= self.storage.count or math.prod(self.shape) > max(2**26, self.storage.count):
-            raise _Damaged("a tensor reaches beyond its storage")
-        elements = np.frombuffer(data, self.storage.dtype)[self.offset :]
-        strides = [stride * elements.itemsize for stride in self.strides]
-        return np.lib.stride_tricks.as_strided(elements, self.shape, strides, writeable=False).copy(order="C")
-
-
-def _rebuild_tensor(storage, offset, size, stride, *_unused) -> _Tensor:
-    if not isinstance(storage, _Storage):
-        raise _Damaged("a tensor without storage")
-    return _Tensor(storage, offset, tuple(size), tuple(stride))
-
-
-def _rebuild_parameter(data, *_unused) -> Any:
-    return data
-
-
-@dataclasses.dataclass(frozen=True)
-class _StorageType(_Sealed):
-    dtype: np.dtype
-
-
-class _TensorUnpickler(_Vocabulary):
-    """Rebuilds the structure of a ``torch.save`` pickle with descriptions in the places of tensors."""
-
-    names = MappingProxyType(
-        {
-            ("torch._utils", "_rebuild_tensor"): _Maker(_rebuild_tensor),
-            ("torch._utils", "_rebuild_tensor_v2"): _Maker(_rebuild_tensor),
-            ("torch._utils", "_rebuild_parameter"): _Maker(_rebuild_parameter),
-            ("torch", "Size"): _Maker(tuple),
-            ("collections", "OrderedDict"): _Maker(OrderedDict),
-            **{("torch", name): _StorageType(dtype) for name, dtype in _STORAGES.items()},
-        }
-    )
-
-    def __init__(self, stream: BinaryIO, storage: Callable[[str, np.dtype, int], _Storage]):
-        super().__init__(stream, encoding="utf-8")
-        self._storage = storage
-
-    def persistent_load(self, pid: Any) -> _Storage:
-        if not isinstance(pid, tuple) or len(pid) < 5 or pid[0] != "storage":
-            raise _Damaged("a reference that is no tensor storage")
-        _, kind, key, _, count, *view = pid
-        if not isinstance(kind, _StorageType) or type(count) is not int or count < 0:
-            raise _Damaged("a storage of unknown type")
-        if any(part is not None for part in view):
-            raise _Damaged("a storage that is a view of another (torch before 0.4)")
-        return self._storage(str(key), kind.dtype, count)
-
-
-def _read_zip(stream: BinaryIO) -> Any:
-    with zipfile.ZipFile(stream) as archive:
-        names = archive.namelist()
-        roots = [name.removesuffix("data.pkl") for name in names if name.count("/") == 1]
-        roots = [root for root in roots if f"{root}data.pkl" in names]
-        if len(roots) != 1:
-            raise _Damaged("no data.pkl inside")
-        (root,) = roots
-        if f"{root}byteorder" in names and archive.read(f"{root}byteorder") != b"little":
-            raise _Damaged("written on a big-endian machine")
-        storages: dict[str, _Storage] = {}
-
-        def storage(key: str, dtype: np.dtype, count: int) -> _Storage:
-            if key not in storages:
-                if archive.getinfo(f"{root}data/{key}").file_size != count * dtype.itemsize:
-                    raise _Damaged("a storage has another size than announced")
-                storages[key] = _Storage(dtype, count, archive.read(f"{root}data/{key}"))
-            return storages[key]
-
-        pickled = io.BytesIO(archive.read(f"{root}data.pkl"))
-        return _resolve(_TensorUnpickler(pickled, storage).load())
-
-
-def _read_legacy(stream: BinaryIO) -> Any:
-    size = os.fstat(stream.fileno()).st_size
-    storages: dict[str, _Storage] = {}
-
-    def storage(key: str, dtype: np.dtype, count: int) -> _Storage:
-        return storages.setdefault(key, _Storage(dtype, count))
-
-    def load() -> Any:
-        return _TensorUnpickler(stream, storage).load()
-
-    stream.seek(0)
-    if load() != _LEGACY_MAGIC or load() != _LEGACY_PROTOCOL:
-        raise _Damaged("neither a zip nor the older format of torch.save")
-    if load().get("little_endian") is not True:
-        raise _Damaged("written on a big-endian machine")
-    structure = load()
-    for key in load():
-        if key not in storages:
-            raise _Damaged("a storage that no tensor uses")
-        found = storages[key]
-        count = int.from_bytes(stream.read(8), "little")
-        if count != found.count or count * found.dtype.itemsize > size - stream.tell():
-            raise _Damaged("a storage is shorter than announced")
-        found.data = stream.read(count * found.dtype.itemsize)
-    return _resolve(structure)
-
-
 # --- NumPy --------------------------------------------------------------------------------------------------
 
 
@@ -378,32 +247,226 @@ def _reconstruct(*_unused) -> _Array:
     return _Array()
 
 
+# NumPy 2 moved its private modules from numpy.core to numpy._core; the files name either.
+_ARRAY_NAMES = {
+    ("numpy", "ndarray"): _Maker(_reconstruct),
+    ("numpy", "dtype"): _Maker(_Dtype),
+    ("collections", "OrderedDict"): _Maker(OrderedDict),
+    **{
+        (f"numpy.{core}.multiarray", name): _Maker(stand_in)
+        for core in ("core", "_core")
+        for name, stand_in in (("_reconstruct", _reconstruct), ("scalar", _Scalar))
+    },
+}
+
+
 class _ArrayUnpickler(_Vocabulary):
     """Rebuilds the structure of a pickled array with stand-ins in the places of arrays, types and scalars."""
 
-    # NumPy 2 moved its private modules from numpy.core to numpy._core; the files name either.
+    names = MappingProxyType(_ARRAY_NAMES)
+
+
+# --- torch --------------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass
+class _Storage(_Sealed):
+    """One run of elements; a legacy file tells its bytes only after the tensors that use it."""
+
+    dtype: np.dtype
+    count: int
+    data: np.ndarray | None = None  # bytes
+
+
+@dataclasses.dataclass
+class _Tensor(_Sealed):
+    """A strided window on a storage."""
+
+    storage: _Storage
+    offset: int
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
+
+    def to_array(self) -> np.ndarray:
+        numbers = (self.offset, *self.shape, *self.strides)
+        if any(type(number) is not int or number < 0 for number in numbers):
+            raise _Damaged("a tensor's offset, size or stride is not a natural number")
+        if len(self.shape) != len(self.strides):
+            raise _Damaged("a tensor has another number of sizes than of strides")
+        data = self.storage.data
+        if data is None or len(data) != self.storage.count * self.storage.dtype.itemsize:
+            raise _Damaged("a tensor's bytes are missing")
+        if 0 in self.shape:
+            return np.zeros(self.shape, self.storage.dtype)
+        last = self.offset + sum((n - 1) * s for n, s in zip(self.shape, self.strides, strict=True))
+        # Broadcast (stride 0) dimensions may legitimately repeat elements, but never a file's worth of them.
+        if last >= self.storage.count or math.prod(self.shape) > max(2**26, self.storage.count):
+            raise _Damaged("a tensor reaches beyond its storage")
+        elements = data.view(self.storage.dtype)
+        if last + 1 == elements.size == math.prod(self.shape) and self._is_contiguous():
+            # A checkpoint's usual tensor; a copy would double the memory of the largest networks.
+            return elements.reshape(self.shape)
+        elements = elements[self.offset :]
+        strides = [stride * elements.itemsize for stride in self.strides]
+        return np.lib.stride_tricks.as_strided(elements, self.shape, strides, writeable=False).copy(order="C")
+
+    def _is_contiguous(self) -> bool:
+        step = 1
+        for size, stride in zip(reversed(self.shape), reversed(self.strides), strict=True):
+            if size != 1 and stride != step:
+                return False
+            step *= size
+        return True
+
+
+def _rebuild_tensor(storage, offset, size, stride, *_unused) -> _Tensor:
+    if not isinstance(storage, _Storage):
+        raise _Damaged("a tensor without storage")
+    return _Tensor(storage, offset, tuple(size), tuple(stride))
+
+
+def _rebuild_parameter(data, *_unused) -> Any:
+    return data
+
+
+@dataclasses.dataclass(frozen=True)
+class _StorageType(_Sealed):
+    dtype: np.dtype
+
+
+@dataclasses.dataclass(frozen=True)
+class _TorchDtype(_Sealed):
+    name: str
+
+
+class _Namespace:
+    """Stands for ``argparse.Namespace`` in a pickle: its attributes."""
+
+    state: Any = None
+
+    def __setstate__(self, state):
+        self.state = state
+
+    def resolve(self) -> dict:
+        if not isinstance(self.state, dict):
+            raise _Damaged("a Namespace without attributes")
+        return _resolve(self.state)
+
+
+def _device(*parts) -> str:
+    return ":".join(map(str, parts))
+
+
+def _latin1(text, encoding) -> bytes:
+    """How bytes are written in the pickle protocol of torch.save."""
+    if not isinstance(text, str) or encoding != "latin1":
+        raise _Damaged("bytes of unknown encoding")
+    return text.encode("latin1")
+
+
+class _TensorUnpickler(_Vocabulary):
+    """Rebuilds the structure of a ``torch.save`` pickle with descriptions in the places of tensors."""
+
     names = MappingProxyType(
         {
-            ("numpy", "ndarray"): _Maker(_reconstruct),
-            ("numpy", "dtype"): _Maker(_Dtype),
-            ("collections", "OrderedDict"): _Maker(OrderedDict),
-            **{
-                (f"numpy.{core}.multiarray", name): _Maker(stand_in)
-                for core in ("core", "_core")
-                for name, stand_in in (("_reconstruct", _reconstruct), ("scalar", _Scalar))
-            },
+            ("torch._utils", "_rebuild_tensor"): _Maker(_rebuild_tensor),
+            ("torch._utils", "_rebuild_tensor_v2"): _Maker(_rebuild_tensor),
+            ("torch._utils", "_rebuild_parameter"): _Maker(_rebuild_parameter),
+            ("torch", "Size"): _Maker(tuple),
+            **{("torch", name): _StorageType(dtype) for name, dtype in _STORAGES.items()},
+            # Beside the weights: what a training run was told, and how far it came.
+            **{("torch", name): _TorchDtype(name) for name in _TORCH_DTYPES},
+            **_ARRAY_NAMES,
+            ("_codecs", "encode"): _Maker(_latin1),
+            ("torch", "device"): _Maker(_device),
+            ("collections", "Counter"): _Maker(dict),
+            ("argparse", "Namespace"): _Namespace,
         }
     )
+
+    def __init__(self, stream: BinaryIO, storage: Callable[[str, np.dtype, int], _Storage]):
+        super().__init__(stream, encoding="utf-8")
+        self._storage = storage
+
+    def persistent_load(self, pid: Any) -> _Storage:
+        if not isinstance(pid, tuple) or len(pid) < 5 or pid[0] != "storage":
+            raise _Damaged("a reference that is no tensor storage")
+        _, kind, key, _, count, *view = pid
+        if not isinstance(kind, _StorageType) or type(count) is not int or count < 0:
+            raise _Damaged("a storage of unknown type")
+        if any(part is not None for part in view):
+            raise _Damaged("a storage that is a view of another (torch before 0.4)")
+        return self._storage(str(key), kind.dtype, count)
+
+
+def _read_bytes(stream: IO[bytes], size: int) -> np.ndarray:
+    """Reads into memory of its own, which tensors may keep; of less than ``size`` bytes if the stream ends."""
+    data = np.empty(size, np.uint8)
+    done = 0
+    while done < size and (more := stream.readinto(memoryview(data)[done : done + 2**24])):
+        done += more
+    return data[:done]
+
+
+def _read_zip(stream: BinaryIO) -> Any:
+    with zipfile.ZipFile(stream) as archive:
+        names = archive.namelist()
+        roots = [name.removesuffix("data.pkl") for name in names if name.count("/") == 1]
+        roots = [root for root in roots if f"{root}data.pkl" in names]
+        if len(roots) != 1:
+            raise _Damaged("no data.pkl inside")
+        (root,) = roots
+        if f"{root}byteorder" in names and archive.read(f"{root}byteorder") != b"little":
+            raise _Damaged("written on a big-endian machine")
+        storages: dict[str, _Storage] = {}
+
+        def storage(key: str, dtype: np.dtype, count: int) -> _Storage:
+            if key not in storages:
+                if archive.getinfo(f"{root}data/{key}").file_size != count * dtype.itemsize:
+                    raise _Damaged("a storage has another size than announced")
+                with archive.open(f"{root}data/{key}") as member:
+                    storages[key] = _Storage(dtype, count, _read_bytes(member, count * dtype.itemsize))
+            return storages[key]
+
+        pickled = io.BytesIO(archive.read(f"{root}data.pkl"))
+        return _resolve(_TensorUnpickler(pickled, storage).load())
+
+
+def _read_legacy(stream: BinaryIO) -> Any:
+    size = os.fstat(stream.fileno()).st_size
+    storages: dict[str, _Storage] = {}
+
+    def storage(key: str, dtype: np.dtype, count: int) -> _Storage:
+        return storages.setdefault(key, _Storage(dtype, count))
+
+    def load() -> Any:
+        return _TensorUnpickler(stream, storage).load()
+
+    stream.seek(0)
+    if load() != _LEGACY_MAGIC or load() != _LEGACY_PROTOCOL:
+        raise _Damaged("neither a zip nor the older format of torch.save")
+    if load().get("little_endian") is not True:
+        raise _Damaged("written on a big-endian machine")
+    structure = load()
+    for key in load():
+        if key not in storages:
+            raise _Damaged("a storage that no tensor uses")
+        found = storages[key]
+        count = int.from_bytes(stream.read(8), "little")
+        if count != found.count or count * found.dtype.itemsize > size - stream.tell():
+            raise _Damaged("a storage is shorter than announced")
+        found.data = _read_bytes(stream, count * found.dtype.itemsize)
+    return _resolve(structure)
 
 
 def _resolve(value: Any) -> Any:
     """Replaces every description in a structure by its array."""
     if isinstance(value, _Tensor):
         return value.to_array()
-    if isinstance(value, (_Array, _Scalar)):
+    if isinstance(value, (_Array, _Scalar, _Dtype, _Namespace)):
         return value.resolve()
-    if isinstance(value, _Dtype):
-        return value.resolve()
+    if isinstance(value, _TorchDtype):
+        return value.name
     if isinstance(value, dict):
         return {_resolve(key): _resolve(item) for key, item in value.items()}
     if type(value) in (list, tuple, set):

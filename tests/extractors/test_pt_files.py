@@ -1,11 +1,12 @@
 """The restricted readers against torch.save and numpy.save themselves, and against files that mean harm."""
 
+import argparse
 import io
 import os
 import pickle
 import warnings
 import zipfile
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 
 import numpy as np
 import pytest
@@ -79,6 +80,54 @@ def test_state_dict_with_shared_storage(tmp_path, zipped):
     for key, tensor in state.items():
         assert_same_bits(read["state"][key], tensor)
     assert (read["epoch"], read["names"]) == (3, ["a", ("b", 1.5, None)])
+
+
+@pytest.mark.parametrize("zipped", [True, False], ids=["zip", "legacy"])
+def test_what_training_leaves_beside_weights(tmp_path, zipped):
+    teachers = [{"name": "clip", "use_summary": True}, {"name": "sam", "use_summary": False}]
+    settings = argparse.Namespace(teachers=teachers, dtype=torch.bfloat16, device=torch.device("cuda", 1), inner=None)
+    settings.inner = argparse.Namespace(lr=1e-3)
+    checkpoint = {
+        "args": settings,
+        "milestones": Counter({30: 1, 60: 1}),
+        "metric": np.float32(0.5),
+        "history": np.arange(6.0).reshape(2, 3),
+        "weight": torch.ones(2),
+    }
+    torch.save(checkpoint, tmp_path / "c.pth", _use_new_zipfile_serialization=zipped)
+    read = read_pt(tmp_path / "c.pth")
+    assert read["args"] == {"teachers": teachers, "dtype": "bfloat16", "device": "cuda:1", "inner": {"lr": 1e-3}}
+    assert read["milestones"] == {30: 1, 60: 1} and type(read["milestones"]) is dict
+    assert read["metric"] == 0.5 and read["metric"].dtype == np.float32
+    np.testing.assert_array_equal(read["history"], checkpoint["history"])
+
+
+def test_weights_are_not_copied_and_views_do_not_share_memory(tmp_path):
+    whole = torch.arange(24.0).reshape(2, 3, 4)
+    torch.save({"whole": whole, "tied": whole, "part": whole[1], "turned": whole.permute(2, 0, 1)}, tmp_path / "c.pth")
+    read = read_pt(tmp_path / "c.pth")
+    assert np.shares_memory(read["whole"], read["tied"])
+    assert not np.shares_memory(read["whole"], read["part"]) and not np.shares_memory(read["whole"], read["turned"])
+    np.testing.assert_array_equal(read["turned"], whole.permute(2, 0, 1).numpy())
+
+
+@pytest.mark.parametrize(
+    "stream",
+    [
+        b"cargparse\nNamespace\n(dX\x05\x00\x00\x00stateNsb.",  # BUILD on the class itself
+        b"cargparse\nNamespace\n.",  # the class as a value
+        b"cargparse\nNamespace\n)\x81K\x03b.",  # attributes that are no dict
+        b"cargparse\nNamespace\nK\x03\x85\x81.",  # arguments
+        b"c_codecs\nencode\nX\x01\x00\x00\x00aX\x03\x00\x00\x00rot\x86R.",
+    ],
+)
+def test_stand_ins_cannot_be_abused(tmp_path, stream):
+    with zipfile.ZipFile(tmp_path / "a.pt", "w") as archive:
+        archive.writestr("a/data.pkl", b"\x80\x02" + stream)
+    with pytest.raises(UserError, match=r"a\.pt: not a torch\.save file, or damaged"):
+        read_pt(tmp_path / "a.pt")
+    torch.save(argparse.Namespace(x=1), tmp_path / "ok.pt")
+    assert read_pt(tmp_path / "ok.pt") == {"x": 1}
 
 
 @pytest.mark.parametrize("zipped", [True, False], ids=["zip", "legacy"])
