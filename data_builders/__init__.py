@@ -119,14 +119,17 @@ def raw_options(data: Mapping) -> dict[str, Any]:
 def _four_dme(name: str, data: Mapping, extractors: Sequence[str]) -> Path:
     from data_builders import four_dme
     from mer_jax.extractors.base import EXTRACTORS
+    from mer_jax.extractors.networks import NETWORKS
 
     _known("four_dme", name, four_dme.CONFIGS)
     features = dict(_pair("features", text) for text in data["features"])
-    unknown = [name for name in extractors if name not in EXTRACTORS and name not in features]
+    known = {*EXTRACTORS, *NETWORKS}
+    unknown = [name for name in extractors if name not in known and name not in features]
     if unknown and not four_dme.version_dir(name, data["data_dir"]).exists():
         raise UserError(
             f"config.data.modalities: nothing gives features {unknown[0]!r}; choose an extractor of "
-            f"{', '.join(EXTRACTORS)}, or name the folder of these features in config.data.features"
+            f"{', '.join(EXTRACTORS)} or scripts/extract_features.py, or name the folder of these features in "
+            "config.data.features"
         )
     return four_dme.build(
         name,
@@ -136,7 +139,7 @@ def _four_dme(name: str, data: Mapping, extractors: Sequence[str]) -> Path:
         labels=data["labels"] or None,
         columns=dict(_pair("columns", text) for text in data["columns"]) or None,
         workbook=data["workbook"] or None,
-        extractors=tuple(name for name in extractors if name in EXTRACTORS and name not in features),
+        extractors=tuple(name for name in extractors if name in known and name not in features),
         features=features or None,
         workers=data["workers"] or None,
     )

@@ -56,17 +56,17 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def _four_dme(config: str, given: dict[str, Any]) -> dict[str, Any]:
     return {
-        **_frames(given),
+        **frames_told(given),
         **_kept(given, "extractors", "feature_frames"),
         "features": _pairs(given.get("features"), "--features"),
-        **_fields(given, crop=four_dme.default_crop(config)),
+        **fields_told(given, crop=four_dme.default_crop(config)),
     }
 
 
 def _four_dme_flow(config: str, given: dict[str, Any]) -> dict[str, Any]:
     del config
     defaults = {"crop": four_dme_flow.DEFAULT_CROP, "apex": ApexConfig(), "flow": FlowConfig()}
-    return {**_frames(given), **_fields(given, **defaults)}
+    return {**frames_told(given), **fields_told(given, **defaults)}
 
 
 def _megc2019(config: str, given: dict[str, Any]) -> dict[str, Any]:
@@ -77,7 +77,7 @@ def _megc2019(config: str, given: dict[str, Any]) -> dict[str, Any]:
             given.pop(flag)
             plain[flag] = word
     defaults = {"crop": megc2019.DEFAULT_CROP, "apex": ApexConfig(), "flow": megc2019.DEFAULT_FLOW}
-    return {**plain, **_fields(given, **defaults)}
+    return {**plain, **fields_told(given, **defaults)}
 
 
 # Family to what builds it, and to what makes that builder's arguments of the flags that were given.
@@ -167,7 +167,7 @@ def _values(config: Any, but: Any = None) -> str:
     return " ".join(f"{name}={value}" for name, value in values.items() if but is None or value != getattr(but, name))
 
 
-def _frames(given: Mapping[str, Any]) -> dict[str, Any]:
+def frames_told(given: Mapping[str, Any]) -> dict[str, Any]:
     """What says where the frames of 4DME are."""
     plain = _kept(given, "source", "test_source", "labels", "workbook", "seed")
     if "demo_clips" in given:
@@ -192,7 +192,7 @@ def _pairs(given: Sequence[str] | None, flag: str) -> dict[str, str] | None:
     return pairs or None
 
 
-def _fields(given: Mapping[str, Any], **defaults: Any) -> dict[str, Any]:
+def fields_told(given: Mapping[str, Any], **defaults: Any) -> dict[str, Any]:
     """Of each flag that was given the default dataclass with the fields replaced that it names."""
     return {
         flag: _replaced(f"--{flag}", _pairs(given[flag], f"--{flag}") or {}, default)

@@ -11,6 +11,8 @@ from typing import Any
 from mer_jax.errors import UserError
 from mer_jax.files import atomic_write_text
 
+_REPLACED = "replaced"  # where the old version waits, in the staging folder, until the new one is in its place
+
 
 def write_dataset(
     make_builder: Callable[[Path], Any], target: Path, *, staging: Path, pages: Mapping[str, str] | None = None
@@ -40,7 +42,7 @@ def write_dataset(
             atomic_write_text(finished / name, text)
         target.parent.mkdir(parents=True, exist_ok=True)
         if target.exists():
-            target.rename(staging / "replaced")
+            target.rename(staging / _REPLACED)
         finished.rename(target)
         shutil.rmtree(staging, ignore_errors=True)
     except OSError as error:
@@ -48,6 +50,12 @@ def write_dataset(
             f"{target}: cannot be written ({error.strerror or error}); free space or give another "
             "--data_dir, then run the same command again (finished clips are kept)"
         ) from error
+
+
+def restore_replaced(target: Path, *, staging: Path) -> None:
+    """Puts back what :func:`write_dataset` was replacing when it was killed between the two moves."""
+    if not target.exists() and (staging / _REPLACED).exists():
+        (staging / _REPLACED).rename(target)
 
 
 def is_whole(target: Path) -> bool:

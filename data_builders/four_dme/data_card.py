@@ -73,14 +73,25 @@ def render(config: str, facts: Mapping[str, Any]) -> str:
         "",
         "## Features",
         "",
-        "| name | modality | D | licence | preprocessing |",
-        "|---|---|---:|---|---|",
+        "| name | modality | D | licence | preprocessing | weights (SHA-256) |",
+        "|---|---|---:|---|---|---|",
     ]
     for name, told in facts["extractors"].items():
-        lines.append(f"| {name} | {told['modality']} | {told['dim']} | {told['licence']} | {told['preprocessing']} |")
+        cells = (name, told["modality"], told["dim"], told["licence"], told["preprocessing"], _weights(told))
+        lines.append(f"| {' | '.join(map(str, cells))} |")
 
     crop = ", ".join(f"{name} {value}" for name, value in facts["settings"]["crop"].items())
     frames = "every frame" if "rule" in facts["settings"]["crop"] else "the first frame"
     lines += ["", f"Face crop, from {frames} of each view: {crop}.", "", "## Exceptions", ""]
     lines += [f"- {line}" for line in facts["exceptions"]] or ["None: a face was found in every sample and frame."]
     return "\n".join(lines) + "\n"
+
+
+def _weights(told: Mapping[str, Any]) -> str:
+    """Which weights made features, and where those are from that they did not make."""
+    parts = []
+    if told.get("weights_sha256"):
+        parts.append(f"{told['weights']}, {told['weights_sha256']}, {told['dtype']}")
+    if told.get("imported"):
+        parts.append(f"{told['imported_samples']} of {told['samples']} samples from {told['imported']}")
+    return "; ".join(parts) or "-"

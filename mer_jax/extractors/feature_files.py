@@ -72,7 +72,7 @@ def read_feature_folder(
     if not folder.is_dir():
         raise UserError(f"{folder}: no such folder")
     files = (path for path in folder.iterdir() if not path.name.startswith("."))
-    paths = sorted((path for path in files if path.suffix in _READERS), key=_frame_order)
+    paths = sorted((path for path in files if path.suffix in _READERS), key=frame_order)
     if not paths:
         raise UserError(f"{folder}: no .npy or .pt file inside; one per frame is expected")
     if len({path.suffix for path in paths}) > 1:
@@ -115,6 +115,12 @@ def read_sample_features(
         raise UserError(f"{root}: features of '{sample}' twice, {found[0].name} and {found[1].name}; keep one")
     read = read_feature_folder if found[0].is_dir() else read_feature_file
     return read(found[0], dim=dim, num_frames=num_frames)
+
+
+def frame_order(path: Path) -> tuple[float, str]:
+    """Sorts files of frames: by the first integer in the name, then by name."""
+    number = re.search(r"\d+", path.stem)
+    return (int(number.group()) if number else float("inf"), path.name)
 
 
 def _load(path: Path) -> Any:
@@ -161,8 +167,3 @@ def _checked(array: np.ndarray, path: Path, dim: int | None, num_frames: int | N
 
 def _frames(count: int) -> str:
     return f"{count} frame" if count == 1 else f"{count} frames"
-
-
-def _frame_order(path: Path) -> tuple[float, str]:
-    number = re.search(r"\d+", path.stem)
-    return (int(number.group()) if number else float("inf"), path.name)

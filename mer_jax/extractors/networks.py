@@ -86,5 +86,10 @@ def get_network(name: str) -> Network:
     """
     if name not in NETWORKS:
         raise UserError(f"extractor '{name}' is unknown; networks are {', '.join(NETWORKS)}")
-    module, _, attribute = NETWORKS[name].partition(":")
+    return network_at(NETWORKS[name], name)
+
+
+def network_at(place: str, name: str) -> Network:
+    """Returns a network of the dict that ``place``, as the values of :data:`NETWORKS`, names."""
+    module, _, attribute = place.partition(":")
     return getattr(importlib.import_module(module), attribute)[name]

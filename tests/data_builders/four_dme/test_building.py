@@ -115,7 +115,6 @@ def test_other_settings_are_refused_and_finished_clips_reused(build, prepared, c
     folder = build()
     for changes, difference in (
         ({"crop": CropConfig(size=64)}, r"crop size 96, asked 64"),
-        ({"extractors": ("hog", "facemesh")}, r"no features facemesh"),
         ({"columns": {"Negative": "Negative"}}, r"columns"),
     ):
         if "columns" in changes:
@@ -130,6 +129,65 @@ def test_other_settings_are_refused_and_finished_clips_reused(build, prepared, c
     assert build() == folder
     assert len(prepared) == 4
     assert read(folder)["train"][-1]["labels"].tolist() == [1, 0, 0, 0, 0]
+
+
+def test_lacking_features_are_added_to_what_is_there(build, prepared, features, tmp_path, capsys):
+    whole = build(extractors=("hog", "facemesh"), features=features, data_dir=tmp_path / "whole")
+    del prepared[:]
+    folder = build()
+    # Crops and clips are what they were, though nothing is said of them.
+    assert build(extractors=("facemesh",), source=None, columns=None, crop=None) == folder
+    assert build(extractors=(), features={"faceverse": features["faceverse"]}) == folder
+    assert build(extractors=(), features={"radio": features["radio"]}, feature_frames="strict") == folder
+    assert len(prepared) == 12  # hog; facemesh; the boxes alone
+    facts = [json.loads((each / "metadata.json").read_text()) for each in (whole, folder)]
+    assert facts[0].pop("content") != facts[1].pop("content")  # in which the order counts
+    assert facts[0] == facts[1]
+    assert list(facts[0]["extractors"]) == ["hog", "facemesh", "radio", "faceverse"]
+    assert list(facts[1]["extractors"]) == ["hog", "facemesh", "faceverse", "radio"]
+    for path in whole.glob("*.array_record*"):
+        assert path.read_bytes() == (folder / path.name).read_bytes()
+    # And now it is all there.
+    stamp = (folder / "metadata.json").stat().st_mtime_ns
+    assert build(extractors=("facemesh", "hog"), features=features) == folder
+    assert (folder / "metadata.json").stat().st_mtime_ns == stamp
+
+
+def test_features_are_only_added_to_the_same_clips(build, challenge, features):
+    build()
+    text = (challenge / "train.csv").read_text()
+    (challenge / "train.csv").write_text(text.replace("10,0,1", "10,1,0"))
+    with pytest.raises(UserError, match=r"labels, frames or feature files have changed since it was built; remove"):
+        build(extractors=("facemesh",), source=None, columns=None)
+
+
+def test_added_features_shorten_what_is_there(build, features):
+    build(features={"faceverse": features["faceverse"]})
+    np.save(features["radio"] / "seq_7_r.npy", np.load(features["radio"] / "seq_7_r.npy")[:3])
+    with pytest.raises(UserError, match=r"feature_frames strict, asked shortest"):
+        build(features={"radio": features["radio"]}, feature_frames="shortest")
+
+
+def test_added_features_of_fewer_frames_cut_the_others(build, features):
+    build()
+    np.save(features["radio"] / "seq_7_r.npy", np.load(features["radio"] / "seq_7_r.npy")[:3])
+    folder = build(features={"radio": features["radio"]}, feature_frames="shortest")
+    record = read(folder)["train"][3]
+    assert record["num_frames"] == 3 and {len(value) for value in record["features"].values()} == {3}
+    # What was cut stays cut when more is added.
+    folder = build(extractors=("facemesh",))
+    assert read(folder)["train"][3]["features"]["facemesh"].shape == (3, 1404)
+    assert json.loads((folder / "metadata.json").read_text())["cut"] == {"seq_7_r": [3, 5]}
+
+
+def test_a_kill_between_the_two_moves_of_a_replacement_loses_nothing(build, prepared, tmp_path):
+    folder = build()
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    staging = tmp_path / "data" / "work" / "four_dme" / "challenge" / "staging"
+    staging.mkdir()
+    folder.rename(staging / "replaced")
+    assert build() == folder
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before and len(prepared) == 4
 
 
 def test_a_lost_record_file_is_rebuilt_in_place(build, prepared):
