@@ -2,13 +2,16 @@
 
 Plain convolutions do badly in a study: under ``vmap`` over members they become grouped convolutions, and inside
 ``scan`` XLA runs them on a slow path of the CPU (jax issue 12868). Here everything is slices, matrix products and
-element-wise loops, which stay fast under both. Two choices carry the speed:
+element-wise loops, which stay fast under both. Three choices carry the speed:
 
 * **Channels first, samples last**, ``(C, H, W, B)``. A patch is a block copy of whole rows of samples, every reduction
   over positions keeps the samples in vector lanes, and both products of a convolution are plain matrix products.
 * **Pooling before the affine map.** Normalisation maps a channel by ``a x + b``, and ``max(a x + b) = a max(x) + b``
-  for ``a > 0``, ``a min(x) + b`` for ``a < 0``. So :func:`batch_norm_max_pool` pools first and touches the large map
-  only for its statistics; its gradient is written out, too, in one pass over the map.
+  for ``a > 0``, ``a min(x) + b`` for ``a < 0``. So a block pools first and touches the large map only for its
+  statistics.
+* **A few samples at a time.** The large map between convolution and pooling is never stored: some samples' maps are
+  computed, summed up and pooled while they are in the cache of a CPU core, and computed again for the gradient. What
+  cores do side by side would otherwise wait for memory.
 """
 
 import functools
@@ -75,11 +78,18 @@ convolve.defvjp(_convolve_forward, _convolve_backward)
 def _window_pieces(x: jax.Array, window: int, padding: int, fill: float) -> list[jax.Array]:
     """The ``window**2`` members of every pooling window, row by row, each ``(C, H', W', B)``."""
     height, width = (_pooled_side(side, window, padding) for side in x.shape[1:3])
-    ends = [
-        (padding, pooled * window - side - padding) for side, pooled in zip(x.shape[1:3], (height, width), strict=True)
-    ]
-    x = jax.lax.pad(x, jnp.asarray(fill, x.dtype), ((0, 0, 0), (*ends[0], 0), (*ends[1], 0), (0, 0, 0)))
-    return [x[:, i::window, j::window] for i in range(window) for j in range(window)]
+    pieces = []
+    for i in range(window):
+        for j in range(window):
+            piece, ends = x, [(0, 0, 0)]
+            for axis, place, pooled in ((1, i, height), (2, j, width)):
+                missing = 1 if place < padding else 0  # the first window's member lies in the padding
+                start = place - padding + missing * window
+                taken = min(pooled - missing, -(-(x.shape[axis] - start) // window))
+                piece = jax.lax.slice_in_dim(piece, start, start + (taken - 1) * window + 1, window, axis)
+                ends.append((missing, pooled - missing - taken, 0))
+            pieces.append(jax.lax.pad(piece, jnp.asarray(fill, x.dtype), [*ends, (0, 0, 0)]))
+    return pieces
 
 
 def _pooled_side(side: int, window: int, padding: int) -> int:
@@ -94,51 +104,121 @@ def _spread(x: jax.Array, window: int, padding: int, shape: tuple[int, ...]) -> 
     return x[:, padding : padding + shape[1], padding : padding + shape[2]]
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5, 6))
-def _normalise_and_pool(x, scale, bias, sample_mask, window, padding, epsilon):
-    return _normalise_and_pool_forward(x, scale, bias, sample_mask, window, padding, epsilon)[0]
-
-
 def _channels(values: jax.Array) -> jax.Array:
     return values[:, None, None, None]  # (C,) -> (C, 1, 1, 1)
 
 
-def _masked_moments(x: jax.Array, sample_mask: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Mean and biased variance ``(C,)`` of maps ``(C, H, W, B)`` over positions and the samples of the mask."""
-    count = jnp.maximum(jnp.sum(sample_mask), 1.0) * (x.shape[1] * x.shape[2])
-    mean = jnp.sum(x, axis=(1, 2)) @ sample_mask / count  # (C, B) (B,) -> (C,)
-    variance = jnp.sum((x - _channels(mean)) ** 2, axis=(1, 2)) @ sample_mask / count
-    return mean, variance, count
+class _Block(NamedTuple):
+    """The static part of a block.
+
+    Attributes:
+        padding: Zeros on each side of the convolved maps.
+        window: Side and stride of the pooling windows.
+        pool_padding: Padding of the pooling, which never wins.
+        rectify: Whether there is a ReLU between convolution and normalisation.
+        pieces: How many parts the samples are worked on in.
+        epsilon: Added to the variance.
+    """
+
+    padding: int
+    window: int
+    pool_padding: int
+    rectify: bool
+    pieces: int
+    epsilon: float
 
 
-def _normalise_and_pool_forward(x, scale, bias, sample_mask, window, padding, epsilon):
-    mean, variance, count = _masked_moments(x, sample_mask)
-    inverse = jax.lax.rsqrt(variance + epsilon)
-    extreme, place = _signed_max_pool(x, scale, window, padding)
-    normalised = (extreme - _channels(mean)) * _channels(inverse)
-    y = _channels(scale) * normalised + _channels(bias)
-    return (y, mean, variance), (x, scale, mean, inverse, count, normalised, place, sample_mask)
+def _response(block: _Block, x: jax.Array, kernel: jax.Array, bias: jax.Array) -> jax.Array:
+    """What is normalised: ``(C, H, W, B)`` to ``(F, H', W', B)``."""
+    x = convolve(x, kernel, block.padding) + _channels(bias)
+    return jnp.maximum(x, 0.0) if block.rectify else x
 
 
-def _normalise_and_pool_backward(window, padding, epsilon, saved, gradients):
-    del epsilon
-    x, scale, mean, inverse, count, normalised, place, sample_mask = saved
-    gradient = gradients[0] * sample_mask[None, None, None]  # (C, H', W', B); statistics carry no gradient
+def _over_pieces(function, block: _Block, xs):
+    """Maps over the leading axis of ``xs``, the pieces, one after another; without a loop where there is one."""
+    if block.pieces == 1:
+        return jax.tree.map(lambda x: x[None], function(jax.tree.map(lambda x: x[0], xs)))
+    return jax.lax.map(function, xs)
+
+
+def _cut(block: _Block, x: jax.Array) -> jax.Array:
+    """``(..., B)`` to ``(pieces, ..., b)``, the last piece filled up with zeros."""
+    size = -(-x.shape[-1] // block.pieces)
+    x = jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, size * block.pieces - x.shape[-1])])
+    return jnp.moveaxis(x.reshape(*x.shape[:-1], block.pieces, size), -2, 0)
+
+
+def _join(x: jax.Array, batch: int) -> jax.Array:
+    """``(pieces, ..., b)`` to ``(..., B)``."""
+    x = jnp.moveaxis(x, 0, -2)
+    return x.reshape(*x.shape[:-2], -1)[..., :batch]
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _train_block(block, x, kernel, bias, scale, shift, sample_mask):
+    return _train_block_forward(block, x, kernel, bias, scale, shift, sample_mask)[0]
+
+
+def _train_block_forward(block, x, kernel, bias, scale, shift, sample_mask):
+    def piece(taken):
+        x, mask = taken
+        z = _response(block, x, kernel, bias)
+        count = jnp.sum(mask) * (z.shape[1] * z.shape[2])
+        mean = jnp.sum(z, axis=(1, 2)) @ mask / jnp.maximum(count, 1.0)  # (F, b) (b,) -> (F,)
+        deviation = jnp.sum((z - _channels(mean)) ** 2, axis=(1, 2)) @ mask
+        extreme, place = _signed_max_pool(z, scale, block.window, block.pool_padding)
+        return (count, mean, deviation), extreme, place, z if block.pieces == 1 else None
+
+    batch = x.shape[-1]
+    moments, extreme, place, z = _over_pieces(piece, block, (_cut(block, x), _cut(block, sample_mask)))
+    counts, means, deviations = moments  # (pieces,), (pieces, F), (pieces, F)
+    count = jnp.maximum(jnp.sum(counts), 1.0)
+    mean = counts @ means / count  # (pieces,) (pieces, F) -> (F,)
+    # Chan, Golub and LeVeque 1979: deviations of the parts, and of their means.
+    variance = (jnp.sum(deviations, axis=0) + counts @ (means - mean[None]) ** 2) / count
+    inverse = jax.lax.rsqrt(variance + block.epsilon)
+    normalised = (_join(extreme, batch) - _channels(mean)) * _channels(inverse)
+    y = _channels(scale) * normalised + _channels(shift)
+    return (y, mean, variance), (x, kernel, bias, scale, mean, inverse, count, normalised, place, sample_mask, z)
+
+
+def _train_block_backward(block, saved, gradients):
+    x, kernel, bias, scale, mean, inverse, count, normalised, place, sample_mask, z = saved
+    gradient = gradients[0] * sample_mask[None, None, None]  # (F, H', W', B); statistics carry no gradient
     scale_gradient = jnp.sum(gradient * normalised, axis=(1, 2, 3))
-    bias_gradient = jnp.sum(gradient, axis=(1, 2, 3))
-    rows, columns = ((jnp.arange(side) + padding) % window for side in x.shape[1:3])
-    here = (rows[:, None] * window + columns[None])[None, :, :, None]  # (1, H, W, 1), place in its window
-    won = _spread(place, window, padding, x.shape) == here
+    shift_gradient = jnp.sum(gradient, axis=(1, 2, 3))
     # Of the usual gradient of batch normalisation the first term lives on the windows' winners alone.
     factor = _channels(scale * inverse)
-    constant = _channels(bias_gradient / count - mean * inverse * scale_gradient / count)
+    constant = _channels(shift_gradient / count - mean * inverse * scale_gradient / count)
     slope = _channels(inverse * scale_gradient / count)
-    sparse = jnp.where(won, _spread(gradient, window, padding, x.shape), 0.0)
-    x_gradient = factor * (sparse - (constant + slope * x) * sample_mask[None, None, None])
-    return x_gradient, scale_gradient, bias_gradient, None
+
+    def piece(taken):
+        x, gradient, place, mask, z = taken
+        z = _response(block, x, kernel, bias) if z is None else z
+        rows, columns = ((jnp.arange(side) + block.pool_padding) % block.window for side in z.shape[1:3])
+        here = (rows[:, None] * block.window + columns[None])[None, :, :, None]  # (1, H, W, 1), place in its window
+        won = _spread(place, block.window, block.pool_padding, z.shape) == here
+        sparse = jnp.where(won, _spread(gradient, block.window, block.pool_padding, z.shape), 0.0)
+        z_gradient = factor * (sparse - (constant + slope * z) * mask[None, None, None])
+        z_gradient = jnp.where(z > 0, z_gradient, 0.0) if block.rectify else z_gradient
+        x_gradient, kernel_gradient = _convolve_backward(block.padding, (x, kernel), z_gradient)
+        # A bias that normalisation takes away again has no gradient.
+        bias_gradient = jnp.sum(z_gradient, axis=(1, 2, 3)) if block.rectify else jnp.zeros_like(bias)
+        return x_gradient, kernel_gradient, bias_gradient
+
+    taken = (_cut(block, x), _cut(block, gradient), place, _cut(block, sample_mask), z)
+    x_gradient, kernel_gradient, bias_gradient = _over_pieces(piece, block, taken)
+    return (
+        _join(x_gradient, x.shape[-1]),
+        jnp.sum(kernel_gradient, axis=0),
+        jnp.sum(bias_gradient, axis=0),
+        scale_gradient,
+        shift_gradient,
+        None,
+    )
 
 
-_normalise_and_pool.defvjp(_normalise_and_pool_forward, _normalise_and_pool_backward)
+_train_block.defvjp(_train_block_forward, _train_block_backward)
 
 
 def _signed_max_pool(x: jax.Array, scale: jax.Array, window: int, padding: int) -> tuple[jax.Array, jax.Array]:
@@ -153,7 +233,7 @@ def _signed_max_pool(x: jax.Array, scale: jax.Array, window: int, padding: int) 
 
 
 class BatchNorm(nn.Module):
-    """The parameters and running statistics of a batch normalisation; the work is in :func:`batch_norm_max_pool`.
+    """The parameters and running statistics of a batch normalisation; the work is in :func:`convolution_block`.
 
     Attributes:
         momentum: Weight of a new batch in the running statistics, as PyTorch counts it.
@@ -191,43 +271,59 @@ class Normaliser(NamedTuple):
     momentum: float | None
 
 
-def batch_norm_max_pool(
+def convolution_block(
     x: jax.Array,
+    kernel: jax.Array,
+    bias: jax.Array,
     normalisers: Sequence[Normaliser],
     sample_mask: jax.Array,
     *,
+    padding: int,
     window: int,
-    padding: int = 0,
+    pool_padding: int = 0,
+    rectify: bool,
     train: bool,
+    cache_bytes: int = 0,
     epsilon: float = 1e-5,
 ) -> jax.Array:
-    """Batch normalisation, then max pooling with stride equal to the window, exact with masked samples.
+    """Convolution, a ReLU or none, batch normalisation and max pooling, exact with masked samples.
 
     Statistics in training run over the samples of the mask alone, so padding changes nothing. Running statistics
     follow PyTorch: the running variance takes the unbiased estimate.
 
     Args:
         x: ``(C, H, W, B)``.
-        normalisers: One or more, whose channels together are C: several streams cost no more than one.
+        kernel: ``(k, k, C, F)``.
+        bias: ``(F,)``.
+        normalisers: One or more, whose channels together are F: several streams cost no more than one.
         sample_mask: ``(B,)`` bool, False for padding.
+        padding: Zeros on each side of ``x``, at most ``k - 1``.
         window: Side of a pooling window and its stride.
-        padding: Padding of the pooling, below ``window``; it never wins.
+        pool_padding: Padding of the pooling, below ``window``; it never wins.
+        rectify: Whether a ReLU comes before the normalisation.
         train: Whether to use, and update, statistics of the batch.
+        cache_bytes: In training, work on so many samples at a time that their maps take no more; 0 for all at once.
         epsilon: Added to the variance.
 
     Returns:
-        ``(C, H', W', B)`` with ``H' = (H + 2 padding - window) // window + 1``.
+        ``(F, H', W', B)`` with ``H' = (H + 2 padding - k + 1 + 2 pool_padding - window) // window + 1``.
     """
     scale = jnp.concatenate([each.scale for each in normalisers])
-    bias = jnp.concatenate([each.bias for each in normalisers])
+    shift = jnp.concatenate([each.bias for each in normalisers])
+    height, width = (side + 2 * padding - kernel.shape[0] + 1 for side in x.shape[1:3])
+    sample_bytes = height * width * kernel.shape[-1] * x.dtype.itemsize
+    # Eight samples fill a vector register.
+    together = max(8, cache_bytes // sample_bytes // 8 * 8) if cache_bytes else x.shape[-1]
+    pieces = -(-x.shape[-1] // together)
+    block = _Block(padding, window, pool_padding, rectify, pieces, epsilon)
     if not train:
         mean = jnp.concatenate([each.mean.value for each in normalisers])
         variance = jnp.concatenate([each.var.value for each in normalisers])
-        extreme, _ = _signed_max_pool(x, scale, window, padding)
-        return _channels(scale * jax.lax.rsqrt(variance + epsilon)) * (extreme - _channels(mean)) + _channels(bias)
+        extreme, _ = _signed_max_pool(_response(block, x, kernel, bias), scale, window, pool_padding)
+        return _channels(scale * jax.lax.rsqrt(variance + epsilon)) * (extreme - _channels(mean)) + _channels(shift)
     mask = sample_mask.astype(x.dtype)
-    y, mean, variance = _normalise_and_pool(x, scale, bias, mask, window, padding, epsilon)
-    _update(normalisers, mean, variance, jnp.sum(mask) * (x.shape[1] * x.shape[2]))
+    y, mean, variance = _train_block(block, x, kernel, bias, scale, shift, mask)
+    _update(normalisers, mean, variance, jnp.sum(mask) * (height * width))
     return y
 
 
@@ -269,27 +365,23 @@ def _update(normalisers: Sequence[Normaliser], mean: jax.Array, variance: jax.Ar
         start = end
 
 
-class Conv(nn.Module):
-    """A convolution of stride 1 on ``(C, H, W, B)``, initialised as PyTorch initialises ``Conv2d``.
+class ConvParams(nn.Module):
+    """The parameters of a convolution, initialised as PyTorch initialises ``Conv2d``; for :func:`convolution_block`.
 
     Attributes:
         features: F.
-        size: Side of the kernel.
-        padding: Zeros on each side; None keeps the size of the maps (odd kernels).
+        size: Side k of the kernel.
     """
 
     features: int
     size: int
-    padding: int | None = None
 
     @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
-        """Maps ``(C, H, W, B)`` to ``(F, H', W', B)``."""
-        fan_in = x.shape[0] * self.size**2
-        kernel = self.param("kernel", torch_uniform(fan_in), (self.size, self.size, x.shape[0], self.features))
-        bias = self.param("bias", torch_uniform(fan_in), (self.features,))
-        padding = self.size // 2 if self.padding is None else self.padding
-        return convolve(x, kernel, padding) + _channels(bias)
+    def __call__(self, channels: int) -> tuple[jax.Array, jax.Array]:
+        """Makes, or finds, the kernel ``(k, k, channels, F)`` and the bias ``(F,)``."""
+        fan_in = channels * self.size**2
+        kernel = self.param("kernel", torch_uniform(fan_in), (self.size, self.size, channels, self.features))
+        return kernel, self.param("bias", torch_uniform(fan_in), (self.features,))
 
 
 def torch_uniform(fan_in: int) -> nn.initializers.Initializer:

@@ -14,7 +14,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from mer_jax.models.convolution import BatchNorm, Conv, Dense, batch_norm_max_pool, masked_batch_norm, torch_uniform
+from mer_jax.models.convolution import BatchNorm, ConvParams, Dense, convolution_block, masked_batch_norm, torch_uniform
 from mer_jax.models.layers import dropout_scale
 
 
@@ -76,6 +76,7 @@ class MicroAttNet(nn.Module):
         attention_hidden: Width inside Fusion Attention.
         se_reduction: Reduction inside Squeeze-and-Excitation.
         hidden_dim: Width of the classifier.
+        cache_bytes: As in :func:`~mer_jax.models.convolution.convolution_block`; changes speed alone.
     """
 
     num_classes: int
@@ -87,6 +88,7 @@ class MicroAttNet(nn.Module):
     attention_hidden: int = 16
     se_reduction: int = 4
     hidden_dim: int = 64
+    cache_bytes: int = 0
 
     @nn.compact
     def __call__(
@@ -117,12 +119,22 @@ class MicroAttNet(nn.Module):
         weights = {}
         for block in range(2):
             for number in range(num_streams):
-                maps = Conv(self.features[block], self.kernels[block], name=f"conv{block + 1}_{number}")(
-                    streams[number]
-                )
+                size = self.kernels[block]
+                conv = ConvParams(self.features[block], size, name=f"conv{block + 1}_{number}")
                 norm = BatchNorm(name=f"bn{block + 1}_{number}")(self.features[block])
+                maps = convolution_block(
+                    streams[number],
+                    *conv(streams[number].shape[0]),
+                    [norm],
+                    mask,
+                    padding=size // 2,
+                    window=self.pools[block],
+                    rectify=False,
+                    train=train,
+                    cache_bytes=self.cache_bytes,
+                )
                 # ReLU and the dropout of whole channels commute with max pooling.
-                maps = nn.relu(batch_norm_max_pool(maps, [norm], mask, window=self.pools[block], train=train))
+                maps = nn.relu(maps)
                 scale = dropout_scale(self, (maps.shape[-1], maps.shape[0]), feature_dropout, train)  # (B, F)
                 streams[number] = maps if scale is None else maps * scale.T[:, None, None]  # (F, 1, 1, B)
             if block == 1 and self.se_stream >= 0:

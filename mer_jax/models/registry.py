@@ -8,6 +8,9 @@ from mer_jax.models.fusion import DROPOUT_KINDS, FUSIONS, FusionClassifier
 from mer_jax.models.micro_attnet import MicroAttNet
 from mer_jax.models.ststnet import STSTNet
 
+# What of a convolution's maps a core of a CPU keeps at hand (measured: see benchmarks/micro_attnet.py).
+_CACHE_BYTES = 1 << 20
+
 
 class Learner(NamedTuple):
     """A model as the study engine sees it.
@@ -32,13 +35,14 @@ class Learner(NamedTuple):
     one_by_one: bool = False
 
 
-def build_learner(config: Mapping, channels: Sequence[str], num_classes: int) -> Learner:
+def build_learner(config: Mapping, channels: Sequence[str], num_classes: int, platform: str = "") -> Learner:
     """Makes the model of a config.
 
     Args:
         config: ``config.model``; ``config.name`` chooses the model.
         channels: What the model fuses, in order: modalities of features, or channels of flow.
         num_classes: Number of labels.
+        platform: Where it is to be trained, ``'cpu'`` or another; changes speed alone.
 
     Returns:
         The model in the engine's form.
@@ -49,10 +53,10 @@ def build_learner(config: Mapping, channels: Sequence[str], num_classes: int) ->
     builders = {"fusion": _build_fusion, "micro_attnet": _build_micro_attnet, "ststnet": _build_ststnet}
     if config["name"] not in builders:
         raise UserError(f"config.model.name={config['name']!r}: must be one of {', '.join(map(repr, builders))}")
-    return builders[config["name"]](config, tuple(channels), num_classes)
+    return builders[config["name"]](config, tuple(channels), num_classes, _CACHE_BYTES if platform == "cpu" else 0)
 
 
-def _build_micro_attnet(config: Mapping, channels: tuple[str, ...], num_classes: int) -> Learner:
+def _build_micro_attnet(config: Mapping, channels: tuple[str, ...], num_classes: int, cache_bytes: int) -> Learner:
     se_stream = config["se_stream"]
     if se_stream and se_stream not in channels:
         raise UserError(
@@ -76,6 +80,7 @@ def _build_micro_attnet(config: Mapping, channels: tuple[str, ...], num_classes:
         attention_hidden=config["attention_hidden"],
         se_reduction=config["se_reduction"],
         hidden_dim=config["hidden_dim"],
+        cache_bytes=cache_bytes,
     )
 
     def init(key, inputs):
@@ -98,9 +103,9 @@ def _build_micro_attnet(config: Mapping, channels: tuple[str, ...], num_classes:
     return Learner(init, apply, stream_names=channels if config["attention"] else (), one_by_one=True)
 
 
-def _build_ststnet(config: Mapping, channels: tuple[str, ...], num_classes: int) -> Learner:
+def _build_ststnet(config: Mapping, channels: tuple[str, ...], num_classes: int, cache_bytes: int) -> Learner:
     del config, channels
-    model = STSTNet(num_classes)
+    model = STSTNet(num_classes, cache_bytes)
 
     def init(key, inputs):
         _check_size(inputs["flow"].shape, 4)
@@ -129,7 +134,8 @@ def _check_size(shape: tuple[int, ...], least: int) -> None:
         )
 
 
-def _build_fusion(config: Mapping, modalities: tuple[str, ...], num_classes: int) -> Learner:
+def _build_fusion(config: Mapping, modalities: tuple[str, ...], num_classes: int, cache_bytes: int) -> Learner:
+    del cache_bytes  # its maps are small
     for field, allowed in (("fusion", FUSIONS), ("feature_dropout_kind", DROPOUT_KINDS)):
         if config[field] not in allowed:
             raise UserError(f"config.model.{field}={config[field]!r}: must be one of {', '.join(map(repr, allowed))}")

@@ -8,22 +8,10 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from mer_jax.models.convolution import BatchNorm, Dense, batch_norm_max_pool, convolve, torch_uniform
+from mer_jax.models.convolution import BatchNorm, ConvParams, Dense, convolution_block
 from mer_jax.models.layers import dropout_scale
 
 STREAM_FEATURES = (3, 5, 8)
-
-
-class _ConvParams(nn.Module):
-    """The parameters of one stream's convolution; the streams are computed as one."""
-
-    features: int
-
-    @nn.compact
-    def __call__(self, channels: int) -> tuple[jax.Array, jax.Array]:
-        fan_in = channels * 9
-        kernel = self.param("kernel", torch_uniform(fan_in), (3, 3, channels, self.features))
-        return kernel, self.param("bias", torch_uniform(fan_in), (self.features,))
 
 
 class STSTNet(nn.Module):
@@ -34,9 +22,11 @@ class STSTNet(nn.Module):
 
     Attributes:
         num_classes: C.
+        cache_bytes: As in :func:`~mer_jax.models.convolution.convolution_block`; changes speed alone.
     """
 
     num_classes: int
+    cache_bytes: int = 0
 
     @nn.compact
     def __call__(
@@ -61,15 +51,23 @@ class STSTNet(nn.Module):
         """
         mask = jnp.ones(flow.shape[0], bool) if sample_mask is None else sample_mask
         x = flow.transpose(3, 1, 2, 0)  # (B, H, W, channels) -> (channels, H, W, B)
-        convs = [_ConvParams(f, name=f"conv{n}")(x.shape[0]) for n, f in enumerate(STREAM_FEATURES, start=1)]
-        kernel = jnp.concatenate([kernel for kernel, _ in convs], axis=-1)  # (3, 3, channels, 16)
-        bias = jnp.concatenate([bias for _, bias in convs])
-        x = nn.relu(convolve(x, kernel, 2) + bias[:, None, None, None])  # (16, H + 2, W + 2, B)
+        convs = [ConvParams(f, 3, name=f"conv{n}")(x.shape[0]) for n, f in enumerate(STREAM_FEATURES, start=1)]
         norms = [BatchNorm(name=f"bn{number}")(features) for number, features in enumerate(STREAM_FEATURES, start=1)]
-        x = batch_norm_max_pool(x, norms, mask, window=3, padding=1, train=train)  # (16, H', W', B)
-        # Drawn sample by sample: padding a batch further leaves the draws of its samples as they are.
-        scale = dropout_scale(self, (x.shape[-1], *x.shape[:-1]), dropout, train)  # (B, 16, H', W')
-        x = x if scale is None else x * jnp.moveaxis(scale, 0, -1)
+        x = convolution_block(
+            x,
+            jnp.concatenate([kernel for kernel, _ in convs], axis=-1),  # (3, 3, channels, 16)
+            jnp.concatenate([bias for _, bias in convs]),
+            norms,
+            mask,
+            padding=2,
+            window=3,
+            pool_padding=1,
+            rectify=True,
+            train=train,
+            cache_bytes=self.cache_bytes,
+        )  # (16, H', W', B)
+        scale = dropout_scale(self, x.shape, dropout, train, sample_axis=3)
+        x = x if scale is None else x * scale
         height, width = x.shape[1] // 2, x.shape[2] // 2
         x = x[:, : 2 * height, : 2 * width].reshape(-1, height, 2, width, 2, x.shape[-1]).mean(axis=(2, 4))
         x = x.reshape(-1, x.shape[-1]).T  # (16, H'', W'', B) -> (B, 16 H'' W''), as PyTorch flattens

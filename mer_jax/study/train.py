@@ -91,7 +91,7 @@ def train(config: ConfigDict, workdir: str | os.PathLike, overrides: Mapping | N
             if (workdir / "config.json").is_file():
                 check_data(workdir, data)
             plan = make_plan(config, data, _load_maps(workdir))
-            learner = build_learner(config.model, input_channels(config), len(data.label_names))
+            learner = build_learner(config.model, input_channels(config), len(data.label_names), devices[0].platform)
             # Only now: a first run that its input stopped binds the folder to nothing.
             start_workdir(config, workdir, overrides or {})
             check_data(workdir, data)
