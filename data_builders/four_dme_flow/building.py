@@ -202,9 +202,11 @@ def _write(target, work, config_name, clips, paths, settings, crop) -> None:
 
     exceptions = []
     if faceless:
-        exceptions.append(f"no face found, the '{crop.fallback}' box was cut out: {_some(faceless)}")
+        exceptions.append(
+            f"no face found, so the '{crop.fallback}' box was cut out; check these clips: {_some(faceless)}"
+        )
     if still:
-        exceptions.append(f"nothing moves, all flow is zero and the apex is the middle: {_some(still)}")
+        exceptions.append(f"nothing moves, all flow is zero; check these clips: {_some(still)}")
     if empty:
         exceptions.append(f"the apex is the first or the last frame, one phase is zero flow: {_some(empty)}")
     write_flow_dataset(

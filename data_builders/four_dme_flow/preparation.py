@@ -121,13 +121,14 @@ def _prepare_clip(task: _Task) -> None:
     arrays, told = {}, {}
     for view, frames in grey.items():
         if annotated:
-            apex, still = clip.apex - onset, False
+            apex = clip.apex - onset
         else:
             intensity = motion_intensity(frames, task.flow, task.apex.compensate, task.apex.blink)
-            apex, still = find_apex(intensity, task.apex.smooth), not intensity.any()
-        ends = frames[[0, apex]], frames[[apex, -1]]
-        for phase, (first, second) in zip(PHASES, ends, strict=True):
-            arrays[f"{view}.{phase}"] = dense_flow(first, second, task.flow)
+            apex = find_apex(intensity, task.apex.smooth)
+        ends = frames[[0, apex, -1]]
+        phases = dense_flow(ends[:-1], ends[1:], task.flow)
+        arrays |= {f"{view}.{phase}": flow for phase, flow in zip(PHASES, phases, strict=True)}
+        still = not phases.any()
         told[view] = {"box": asdict(boxes[view]), "apex": onset + apex, "annotated": annotated, "still": still}
     facts = {"fingerprint": task.fingerprint, "views": told}
     atomic_savez(task.path, told=np.array(json.dumps(facts)), **arrays)

@@ -351,12 +351,12 @@ def _plan_raw(given: Mapping[str, Any], workers: int | None) -> _Plan:
         lines = list(notes)
         if no_face:
             lines.append(
-                f"no face was found in {counted(len(no_face), 'clip')}, so the '{crop.fallback}' box was cut out: "
-                f"{some(no_face)}"
+                f"no face was found in {counted(len(no_face), 'clip')}, so the '{crop.fallback}' box was cut out; "
+                f"check: {some(no_face)}"
             )
         for phase, names in still.items():
             if names:
-                lines.append(f"no motion at all in {phase} of {counted(len(names), 'clip')}: {some(names)}")
+                lines.append(f"no motion at all in {phase} of {counted(len(names), 'clip')}; check: {some(names)}")
         channels, dtype = (CHANNELS, "uint8") if store == "image" else (CHANNELS[:2], "float32")
         told = FlowFormat(CLASSES, "multi_class", (size, size, len(channels)), channels, dtype, PHASES)
         _write(told, rows, records, settings, content, origin, lines, target, work)

@@ -85,10 +85,12 @@ def floats(tmp_path_factory):
 def images(tmp_path_factory):
     rng = np.random.default_rng(0)
     rows = [
-        record(number, "c", np.eye(3)[number % 3], {phase: rng.integers(0, 256, (4, 4, 3), np.uint8) for phase in PHASES},
-               subject=f"p{number}", database="smic" if number % 2 else "samm")
+        record(
+            number, "c", np.eye(3)[number % 3], {phase: rng.integers(0, 256, (4, 4, 3), np.uint8) for phase in PHASES}
+        )
+        | {"subject": f"p{number}", "database": "smic" if number % 2 else "samm"}
         for number in (1, 2, 3, 4)
-    ]  # fmt: skip
+    ]
     return write(tmp_path_factory.mktemp("images"), {"train": rows}, IMAGES), rows
 
 

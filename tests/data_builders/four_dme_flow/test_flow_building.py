@@ -1,11 +1,18 @@
 """From frames of a challenge folder to samples of flow, and what stands in the way."""
 
+import dataclasses
+
 import cv2
 import numpy as np
 import pytest
 
 from data_builders import four_dme_flow
-from mer_jax.clips.crops import CropConfig
+from data_builders.four_dme_flow.preparation import load_prepared, prepare
+from mer_jax.clips.apex import ApexConfig
+from mer_jax.clips.crops import CropConfig, crop_clip
+from mer_jax.clips.flow import FlowConfig, dense_flow, to_grey
+from mer_jax.clips.frames import read_frame
+from mer_jax.clips.layouts import Clip
 from mer_jax.errors import UserError
 from mer_jax.study.flow_data import load_flow_dataset
 
@@ -91,3 +98,80 @@ def test_a_channel_or_phase_that_is_not_there_is_named(tmp_path):
         load_flow_dataset(target, channels=("u", "depth"))
     with pytest.raises(UserError, match=r"config.data.phases.*'whole'"):
         load_flow_dataset(target, phases=("whole",))
+
+
+@pytest.fixture
+def annotated(tmp_path):
+    """One view of 12 frames, of which those from 2 to 9 are the expression and 4 is said to be its apex."""
+    folder = tmp_path / "clip"
+    write_clip(folder, 12)
+    for path in sorted(folder.iterdir()):
+        cv2.imwrite(str(path), cv2.imread(str(path))[:, :96])
+    frames = tuple(sorted(folder.iterdir()))
+    return Clip("s1_a", 1, "s1", frames, (1, 0, 0, 0, 0), "train", False, onset=2, apex=4, offset=9)
+
+
+def prepared(clip, tmp_path, apex=None):
+    paths = prepare([clip], CROP, apex or ApexConfig(), FlowConfig(), tmp_path / "work", workers=1)
+    return load_prepared(paths[clip.name], "c")
+
+
+def test_a_given_apex_is_taken_and_phases_keep_to_onset_and_offset(annotated, tmp_path):
+    done = prepared(annotated, tmp_path)
+    assert (done.apex, done.annotated, done.still) == (4, True, False)
+    frames = [read_frame(annotated.frames[index]) for index in (2, 4, 9)]
+    grey = to_grey(crop_clip(frames, done.box, CROP.size))
+    np.testing.assert_array_equal(done.flow["onset_apex"], dense_flow(grey[0], grey[1], FlowConfig()))
+    np.testing.assert_array_equal(done.flow["apex_offset"], dense_flow(grey[1], grey[2], FlowConfig()))
+    # Farthest from frame 2 are those half-way, 5 and 6.
+    plain = ApexConfig(use_annotated=False, compensate="none", blink=0, smooth=0.0)
+    found = prepared(annotated, tmp_path, plain)
+    assert found.apex in (5, 6) and not found.annotated
+    unknown = dataclasses.replace(annotated, apex=None)
+    assert prepared(unknown, tmp_path, dataclasses.replace(plain, use_annotated=True)).apex == found.apex
+
+
+def test_what_bounds_the_phases_is_noticed_when_it_changes(annotated, tmp_path):
+    before = prepared(annotated, tmp_path)
+    after = prepared(dataclasses.replace(annotated, apex=6), tmp_path)
+    assert after.apex == 6 and (after.flow["onset_apex"] != before.flow["onset_apex"]).any()
+
+
+def test_clips_too_short_for_a_motion(annotated, tmp_path):
+    with pytest.raises(
+        UserError, match=r"clip s1_a: has 1 frame from onset to offset, at least 2 are needed"
+    ) as caught:
+        prepared(dataclasses.replace(annotated, onset=4, apex=4, offset=4), tmp_path)
+    assert "restore its frames, or remove the clip and its labels" in str(caught.value)
+    two = prepared(dataclasses.replace(annotated, onset=4, apex=None, offset=5), tmp_path)
+    assert two.apex == 5 and two.flow["onset_apex"].any() and not two.flow["apex_offset"].any()
+
+
+def test_still_frames_have_no_flow_whoever_says_where_the_apex_is(annotated, tmp_path):
+    write_clip(tmp_path / "still", 5, moving=False)
+    frames = tuple(sorted((tmp_path / "still").iterdir()))
+    still = Clip("s1_b", 1, "s1", frames, (1, 0, 0, 0, 0), "train", True, apex=3)
+    for use_annotated, apex in ((True, 3), (False, 2)):
+        paths = prepare(
+            [still], CROP, ApexConfig(use_annotated=use_annotated), FlowConfig(), tmp_path / "work", workers=1
+        )
+        for view in "lr":
+            done = load_prepared(paths["s1_b"], view)
+            assert done.still and done.apex == apex and not done.flow["onset_apex"].any()
+
+
+@pytest.mark.parametrize(
+    ("config", "options", "message"),
+    [
+        ("files", {}, r"config 'four_dme_flow/files' is unknown; there are demo, challenge, release"),
+        ("demo", {"source": "x"}, r"source: not used by four_dme_flow/demo; leave it out"),
+        ("release", {"labels": "x"}, r"labels: not used by four_dme_flow/release"),
+        ("challenge", {"workbook": "x"}, r"workbook: not used by four_dme_flow/challenge"),
+        ("demo", {"demo_clips": (1, 0)}, r"demo_clips \(1, 0\): at least one training and one test clip are needed"),
+        ("release", {}, r"four_dme_flow/release is not built yet with these settings: say with --source"),
+    ],
+)
+def test_options_that_make_no_sense(tmp_path, config, options, message):
+    with pytest.raises(UserError, match=message):
+        four_dme_flow.build(config, data_dir=tmp_path / "data", **options)
+    assert not (tmp_path / "data").exists()

@@ -284,7 +284,7 @@ def test_replaced_frames_and_labels_are_noticed(build_raw, prepared, raw, raw_ma
     shutil.rmtree(folder)
     folder = build_raw()
     assert prepared[9:] == ["011_011_1_1"]
-    assert "no motion at all in onset_apex of 1 clip: 011_011_1_1" in metadata(folder)["exceptions"]
+    assert "no motion at all in onset_apex of 1 clip; check: 011_011_1_1" in metadata(folder)["exceptions"]
     assert not read(folder)[4]["flow"]["onset_apex"].any()
     raw_made.write_sheet(raw.samm_sheet, raw_made.samm_header, [raw_made.samm_row(11, "011_1_1", 95, 99, 103, "Anger")])
     with pytest.raises(UserError, match=r"have changed since"):
@@ -305,7 +305,7 @@ def test_faces_are_cut_out(raw_made, tmp_path):
     assert first["face_found"] and width == height and 0 < width < 200 and left > 0 and top_ >= 0
     assert not second["face_found"] and second["box"].tolist() == [0, 0, 200, 200]
     lines = metadata(folder)["exceptions"]
-    assert "no face was found in 1 clip, so the 'centre' box was cut out: s01_s01_po_01" in lines
+    assert "no face was found in 1 clip, so the 'centre' box was cut out; check: s01_s01_po_01" in lines
     assert metadata(folder)["settings"]["crop"]["rule"] == "largest"
 
 

@@ -1,6 +1,7 @@
 """The composite through ``scripts/build_data.py``, as a user builds it."""
 
 import json
+import shutil
 import subprocess
 import sys
 
@@ -11,9 +12,9 @@ import tensorflow_datasets as tfds
 
 @pytest.fixture
 def door(repository, tmp_path):
-    """Opens the door in ``tmp_path`` and returns the folder of the data set and what was told on stderr."""
+    """Opens the door in ``tmp_path`` and returns the folder of the data set and what was told, or the one error."""
 
-    def build(dataset, *flags):
+    def build(dataset, *flags, status=0):
         done = subprocess.run(
             [sys.executable, str(repository / "scripts" / "build_data.py"), "--dataset", dataset, *map(str, flags)],
             cwd=tmp_path,
@@ -22,8 +23,10 @@ def door(repository, tmp_path):
             timeout=120,
             check=False,
         )
-        assert done.returncode == 0, done.stderr
-        (line,) = done.stdout.splitlines()
+        assert done.returncode == status, done.stderr
+        (line,) = (done.stderr if status else done.stdout).splitlines()
+        if status:
+            return line
         return tmp_path / line, done.stderr
 
     return build
@@ -63,3 +66,21 @@ def test_demo(door, tmp_path):
     assert records[0]["flow"]["onset_apex"].shape == (28, 28, 3) and np.ptp(records[0]["flow"]["onset_apex"]) == 255
     manifest = json.loads((tmp_path / "data" / "clips" / "megc2019_demo" / "demo.json").read_text())
     assert manifest["seed"] == 3 and manifest["demo_clips"] == [3, 1]
+
+
+def test_bad_flow_images_through_the_door(few, door, made, tmp_path):
+    """A subject without images is told and left out; an image of another size ends the door."""
+    for path in few.folder.glob("sub01*"):
+        path.unlink()
+    folder, told = door("megc2019/folder", "--source", few.folder)
+    assert (
+        "note: 1 whole subject missing, left out of the data and of the folds: sub01 of casme2 (2 clips)"
+        in told.splitlines()
+    )
+    assert len(tfds.builder_from_directory(folder).as_data_source("train")) == 10
+    bad = next(few.folder.glob("006*"))
+    made.save(made.image_of("another", size=32), bad)
+    shutil.rmtree(folder)
+    error = door("megc2019/folder", "--source", few.folder, status=2)
+    assert error.startswith(f"error: {bad}: is 32 x 32 pixels while 9 images are 28 x 28; all must have one size")
+    assert not list((tmp_path / "data" / "megc2019").rglob("metadata.json"))
