@@ -134,7 +134,8 @@ def save_clip(path: Path, clip_fingerprint: str, clip: ClipFeatures) -> None:
 def load_clip(path: Path, clip_fingerprint: str) -> ClipFeatures | None:
     """Reads the features of a finished clip; None where there are none, or the clip has changed since."""
     try:
-        with np.load(path) as stored:
+        # NumPy leaves a damaged file open if it opened it itself.
+        with open(path, "rb") as stream, np.load(stream) as stored:
             told = json.loads(str(stored["told"]))
             if told["fingerprint"] != clip_fingerprint:
                 return None

@@ -100,7 +100,8 @@ def load_variables(network: Network, checkpoint: Path, sha256: str, folder: Path
 
     def read() -> dict[str, Any] | None:
         try:
-            with np.load(kept) as stored:
+            # NumPy leaves a damaged file open if it opened it itself.
+            with open(kept, "rb") as stream, np.load(stream) as stored:
                 if str(stored["told"]) == told:
                     return unflatten_dict({name: stored[name] for name in stored.files if name != "told"}, sep="/")
         except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):

@@ -1,0 +1,87 @@
+"""Small networks in the places of large ones: what is tested around a network does not depend on its size.
+
+Register them with ``networks.NETWORKS["tiny"] = "tiny_networks:NETWORKS"``; worker processes import them by this name,
+so the folder of this file must be on the path.
+"""
+
+import dataclasses
+import os
+
+import cv2
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from mer_jax.errors import UserError
+from mer_jax.extractors.networks import Network
+from mer_jax.extractors.pt_files import load_state_dict
+
+SIZE, PATCH, WIDTH, DIM = 32, 8, 24, 12
+SHAPES = {
+    "patch.weight": (3 * PATCH**2, WIDTH),
+    "mix.weight": (WIDTH, 3 * WIDTH),
+    "head.weight": (WIDTH, DIM),
+}
+
+
+def prepare(crops: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Resized crops (T, SIZE, SIZE, 3) uint8; all found."""
+    images = np.stack([cv2.resize(crop, (SIZE, SIZE), interpolation=cv2.INTER_AREA) for crop in crops])
+    return images, np.ones(len(images), bool)
+
+
+def prepare_bright(crops: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """As :func:`prepare` in float32; dark crops are not found."""
+    images, _ = prepare(crops)
+    return images.astype(np.float32), crops.mean(axis=(1, 2, 3)) > 60
+
+
+def load(path: str | os.PathLike) -> dict:
+    """Weights of ``torch.save`` by the names of ``SHAPES``."""
+    state = load_state_dict(path)
+    for name, shape in SHAPES.items():
+        if name not in state or state[name].shape != shape:
+            raise UserError(f"{path}: no {name} of shape {shape}; this is no checkpoint of a tiny network")
+    return {"params": {name: state[name].astype(np.float32) for name in SHAPES}}
+
+
+def apply(variables: dict, images: jax.Array) -> jax.Array:
+    """One block of attention over patches: (B, SIZE, SIZE, 3) to (B, DIM) float32."""
+    weights = variables["params"]
+    dtype = weights["patch.weight"].dtype
+    side = SIZE // PATCH
+    tokens = images.astype(dtype) / 255
+    # (B, SIZE, SIZE, 3) -> (B, side^2, 3 PATCH^2)
+    tokens = tokens.reshape(-1, side, PATCH, side, PATCH, 3).swapaxes(2, 3).reshape(-1, side**2, 3 * PATCH**2)
+    tokens = jnp.einsum("bnc,cd->bnd", tokens, weights["patch.weight"])
+    query, key, value = jnp.split(jnp.einsum("bnd,de->bne", tokens, weights["mix.weight"])[:, :, None], 3, axis=-1)
+    tokens = tokens + jax.nn.dot_product_attention(query, key, value)[:, :, 0]
+    return jnp.einsum("bd,de->be", tokens.mean(axis=1), weights["head.weight"]).astype(jnp.float32)
+
+
+def random_state(seed: int = 0, scale: float = 1.0) -> dict[str, np.ndarray]:
+    """Random weights by their names in the checkpoint."""
+    rng = np.random.default_rng(seed)
+    return {
+        name: (scale * rng.normal(size=shape) / shape[0] ** 0.5).astype(np.float32) for name, shape in SHAPES.items()
+    }
+
+
+TINY = Network(
+    name="tiny",
+    modality="appearance",
+    dim=DIM,
+    licence="Test-1.0",
+    preprocessing=f"resized to {SIZE} x {SIZE} (area)",
+    input_shape=(SIZE, SIZE),
+    prepare=prepare,
+    load=load,
+    apply=apply,
+    hub="tests/tiny",
+)
+NETWORKS = {
+    "tiny": TINY,
+    "tiny_geometry": dataclasses.replace(
+        TINY, name="tiny_geometry", modality="geometry", preprocessing="bright crops", prepare=prepare_bright, hub=""
+    ),
+}
