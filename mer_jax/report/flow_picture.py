@@ -15,11 +15,16 @@ from mer_jax.files import atomic_write_bytes
 _PAPER, _INK, _MUTED, _RULE, _FAINT = "#ffffff", "#1b1f24", "#57606c", "#d8dce2", "#eceef1"
 _BLUE, _ORANGE = "#0072b2", "#c65100"
 
-# Everything is drawn at twice its size and reduced at the end, because Pillow draws lines without smoothing.
-_ZOOM = 2
+# Everything is drawn at four times its size and reduced at the end, because Pillow draws lines without smoothing.
+_ZOOM = 4
+# Pixels of a written picture to one of _WIDTH: 300 dpi at 7.2 inches, the width of a page's text.
+_PRINT = 2
+_DPI = 300
 _WIDTH, _MARGIN, _GAP = 1080, 36, 18
 # Width of the bars of probability.
 _BARS = 270
+# A curve of up to so many frames shows each of them.
+_DOTS = 80
 _PANEL = (_WIDTH - 2 * _MARGIN - 2 * _GAP) // 3
 
 
@@ -34,7 +39,7 @@ class FlowPicture:
         frame_names: A caption for each.
         flows: ``(P, H, W, 2)`` px, (u right, v down), of one or two phases.
         flow_names: A caption for each.
-        intensity: ``(T,)`` summed motion against the onset; None where the study uses none.
+        intensity: ``(T,)`` mean motion against the onset, px; None where the study uses none.
         apex: Index of the apex in it.
         times: ``(T,)`` seconds of its frames in the video.
         label_names: ``(L,)``.
@@ -89,14 +94,15 @@ def flow_scale(flows: np.ndarray) -> float:
     return max(float(np.quantile(np.hypot(flows[..., 0], flows[..., 1]), 0.99)), 1e-3)
 
 
-def draw_picture(picture: FlowPicture) -> Image.Image:
+def draw_picture(picture: FlowPicture, resolution: int = 1) -> Image.Image:
     """Draws it.
 
     Args:
         picture: What to show.
+        resolution: Pixels to a unit of length, 1, 2 or 4.
 
     Returns:
-        An RGB image, 1080 px wide.
+        An RGB image, 1080 units wide.
     """
     lower = max(34 + 30 * len(picture.label_names), 34 + 30 * len(picture.stream_rows))
     tops = {"frames": 92}
@@ -119,17 +125,17 @@ def draw_picture(picture: FlowPicture) -> Image.Image:
     _draw_labels(canvas, tops["lower"], picture)
     if len(picture.stream_names):
         _draw_streams(canvas, tops["lower"], picture)
-    return canvas.image()
+    return canvas.image(resolution)
 
 
 def save_picture(path: str | os.PathLike, picture: FlowPicture) -> None:
-    """Writes it as a PNG.
+    """Writes it as a PNG for print: 2160 px wide, 300 dpi.
 
     Raises:
         UserError: The file cannot be written.
     """
     stream = io.BytesIO()
-    draw_picture(picture).save(stream, "PNG", optimize=True)
+    draw_picture(picture, _PRINT).save(stream, "PNG", optimize=True, dpi=(_DPI, _DPI))
     atomic_write_bytes(path, stream.getvalue())
 
 
@@ -141,8 +147,8 @@ class _Canvas:
         self._draw = ImageDraw.Draw(self._image)
         self._size = width, height
 
-    def image(self) -> Image.Image:
-        return self._image.resize(self._size, Image.Resampling.LANCZOS)
+    def image(self, resolution: int) -> Image.Image:
+        return self._image.resize([side * resolution for side in self._size], Image.Resampling.LANCZOS)
 
     def text(self, x, y, words, size=14, colour=_INK, anchor="la", width=None) -> None:
         """Writes one line, cut with an ellipsis where it is wider than ``width``."""
@@ -196,15 +202,21 @@ def _draw_wheel(canvas: _Canvas, top: int, scale: float) -> None:
 
 
 def _draw_curve(canvas: _Canvas, top: int, picture: FlowPicture) -> None:
-    left, right, upper, lower = _MARGIN, _WIDTH - _MARGIN, top + 30, top + 140
+    left, right, upper, lower = _MARGIN + 56, _WIDTH - _MARGIN, top + 30, top + 140
     times, values = np.asarray(picture.times, float), np.asarray(picture.intensity, float)
     span, height = max(times[-1] - times[0], 1e-9), max(float(values.max()), 1e-9)
     x = left + (times - times[0]) / span * (right - left)
     y = lower - values / height * (lower - upper)
-    canvas.text(left, top, "Motion against the onset", 14)
-    canvas.line([(left, lower), (right, lower)], _RULE)
+    canvas.text(_MARGIN, top, "Motion of the face against the onset", 14)
+    for value, y_tick in ((0.0, lower), (float(values.max()), upper)):
+        canvas.line([(left, y_tick), (right, y_tick)], _RULE)
+        if value or y_tick == lower:
+            canvas.text(left - 8, y_tick, f"{value:.2g} px", 13, _MUTED, "rm")
     canvas.line([(x[picture.apex], upper - 6), (x[picture.apex], lower)], _ORANGE, 2)
     canvas.line(list(zip(x, y, strict=True)), _BLUE, 2.2)
+    if len(x) <= _DOTS:
+        for place in zip(x, y, strict=True):
+            canvas.dot(*place, 2.4, _BLUE)
     canvas.dot(x[picture.apex], y[picture.apex], 4.5, _ORANGE)
     canvas.text(
         x[picture.apex], upper - 10, "apex", 14, _ORANGE, "ms" if left + 16 < x[picture.apex] < right - 16 else "ls"
@@ -217,6 +229,8 @@ def _draw_labels(canvas: _Canvas, top: int, picture: FlowPicture) -> None:
     """Bars of probability, whiskers of spread, ticks of thresholds; what is predicted is in full colour."""
     left, width = _MARGIN + 116, _BARS
     canvas.text(_MARGIN, top, "Probability of each label", 14)
+    key = "line: spread over members" + ("" if picture.thresholds is None else "; mark: threshold")
+    canvas.text(_MARGIN + 190, top + 1, key, 12, _MUTED)
     for row, name in enumerate(picture.label_names):
         y = top + 34 + 30 * row
         mean, spread, decided = float(picture.mean[row]), float(picture.spread[row]), bool(picture.decisions[row])

@@ -16,7 +16,7 @@ from mer_jax.clips.crops import Box, CropConfig, FaceSearch, crop_clip
 from mer_jax.clips.faces import FaceDetector
 from mer_jax.clips.flow import FlowConfig, dense_flow, flow_channels, resize_flow, to_grey
 from mer_jax.clips.resample import resample_indices
-from mer_jax.clips.video import Stretch, choose_stretch, read_video
+from mer_jax.clips.video import MIN_FRAMES, Stretch, choose_stretch, read_video
 from mer_jax.errors import UserError
 from mer_jax.models.registry import build_learner
 from mer_jax.report.flow_picture import FlowPicture, save_picture
@@ -29,8 +29,10 @@ from mer_jax.study.summary import read_evaluation
 from mer_jax.study.train import _load_maps, input_channels, uses_flow
 
 _PHASE_NAMES = {ONSET_APEX: "onset to apex", APEX_OFFSET: "apex to offset"}
-# What the picture shows of a study of features, whose own crops are larger.
-_SHOWN_SIZE = 224
+# Side at which the picture shows frames, where they hold so much.
+_SHOWN_SIZE = 640
+# At which motion is measured for a study of features, whose own crops are larger.
+_MOTION_SIZE = 224
 # Mean motion in px below which frames are alike: equal ones have flow in its last bits, a camera's noise has far more.
 _REST = 1e-4
 
@@ -43,7 +45,7 @@ class Look:
         stretch: The stretch.
         box: Where the face is cut out of each of its frames.
         grey: ``(T, S, S)`` uint8, the cut-out face.
-        shown: ``(3, S, S, 3)`` uint8 RGB, the face at onset, apex and offset.
+        shown: ``(3, S', S', 3)`` uint8 RGB, the face at onset, apex and offset, as fine as the video has it up to 640.
         intensity: ``(T,)`` summed motion against the onset.
         apex: Index of the apex, from 1 to T - 2.
     """
@@ -166,7 +168,8 @@ def look_at_video(
     if intensity.max() < _REST * grey[0].size:
         raise UserError(f"{video}: nothing moves in {named}, all are alike; choose a stretch with motion")
     middle = find_apex(intensity, apex.smooth)
-    shown = crop_frames(video, stretch, box, crop.size, np.array([0, middle, stretch.num_frames - 1]))
+    side = max(crop.size, min(box.width, _SHOWN_SIZE))
+    shown = crop_frames(video, stretch, box, side, np.array([0, middle, stretch.num_frames - 1]))
     return Look(stretch, box, grey, shown, intensity, middle)
 
 
@@ -209,7 +212,7 @@ def _settings(config: ConfigDict) -> tuple[CropConfig, FlowConfig, ApexConfig]:
             FlowConfig(),
             apex if isinstance(apex, ApexConfig) else ApexConfig(),
         )
-    return dataclasses.replace(CropConfig(), size=_SHOWN_SIZE), FlowConfig(), ApexConfig()
+    return dataclasses.replace(CropConfig(), size=_MOTION_SIZE), FlowConfig(), ApexConfig()
 
 
 def _raw_options(config: ConfigDict) -> Mapping:
@@ -226,6 +229,11 @@ def _notes(config: ConfigDict, look: Look) -> list[str]:
         notes.append(
             "the frames were chosen by motion alone, as blinks and speech would be, too; --onset and --offset choose "
             "others"
+        )
+    if look.stretch.num_frames > MIN_FRAMES and look.apex == look.stretch.num_frames - 2:
+        notes.append(
+            "the motion still grows at the end of these frames, so that its largest is hardly an apex; --onset and "
+            "--offset choose others"
         )
     if config.data.dataset.endswith("/demo"):
         notes.append("the study was trained on rendered demo clips, so its probabilities say nothing about people")
@@ -511,7 +519,7 @@ def _picture(prediction: VideoPrediction, name: str) -> FlowPicture:
         frame_names=[f"{word}, frame {stretch.onset + t}, {_seconds(stretch, t)}" for word, t in moments.items()],
         flows=prediction.flow,
         flow_names=[f"flow from {_PHASE_NAMES[phase]}" for phase in prediction.phases],
-        intensity=look.intensity,
+        intensity=look.intensity / look.grey[0].size,
         apex=look.apex,
         times=(stretch.onset + np.arange(stretch.num_frames)) / stretch.rate,
         label_names=told.labels,

@@ -93,7 +93,7 @@ def test_a_video_of_a_test_clip_is_predicted_as_that_clip_was(folder, tmp_path):
         assert float(told[2]) == pytest.approx(deviation, abs=0.0051)
     assert f"picture: {tmp_path / 'p.png'}" == lines[-1]
     with Image.open(tmp_path / "p.png") as picture:
-        assert picture.format == "PNG" and picture.size[0] == 1080
+        assert picture.format == "PNG" and picture.size[0] == 2160
 
 
 @pytest.mark.parametrize(

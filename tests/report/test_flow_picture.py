@@ -111,9 +111,12 @@ def test_a_stream_without_weight_takes_no_room(picture):
 
 
 def test_the_apex_is_marked_where_it_is(picture):
-    curve = pixels(picture)[790:930]
+    image = pixels(picture)
+    curve = image[790:930]
     marked = np.flatnonzero(is_orange(curve).sum(axis=0) > 60)
-    assert marked.mean() == pytest.approx(36 + (1080 - 72) / 2, abs=2)
+    assert marked.mean() == pytest.approx(92 + (1080 - 92 - 36) / 2, abs=2)
+    for frame, value in ((0, 0), (1, 1), (3, 2), (4, 0)):  # of 4 px, which are 110 pixels high
+        assert near(image[976 - round(110 * value / 4), 92 + 238 * frame], BLUE, 30)
 
 
 def test_what_a_study_lacks_is_left_out(picture):
@@ -138,7 +141,11 @@ def test_constant_and_long_content_is_drawn(picture):
 def test_it_is_written_as_png_or_refused_in_one_line(picture, tmp_path):
     save_picture(tmp_path / "new" / "p.png", picture)
     with Image.open(tmp_path / "new" / "p.png") as image:
-        assert image.format == "PNG" and image.size[0] == 1080
+        assert (
+            image.format == "PNG" and image.size[0] == 2160 and image.info["dpi"] == pytest.approx((300, 300), abs=0.1)
+        )
+        halved = np.asarray(image.reduce(2)).astype(int)
+    assert np.abs(halved - pixels(picture)).mean() < 1
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match=r"p\.png: cannot be written"):
         save_picture(tmp_path / "file" / "p.png", picture)
