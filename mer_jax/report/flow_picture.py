@@ -41,6 +41,7 @@ class FlowPicture:
         flow_names: A caption for each.
         intensity: ``(T,)`` mean motion against the onset, px; None where the study uses none.
         apex: Index of the apex in it.
+        smooth: Standard deviation in frames of the smoothing after which the apex was the largest; 0 for none.
         times: ``(T,)`` seconds of its frames in the video.
         label_names: ``(L,)``.
         mean: ``(L,)`` probability.
@@ -69,6 +70,7 @@ class FlowPicture:
     stream_names: Sequence[str] = ()
     streams: np.ndarray | None = None
     stream_rows: Sequence[str] = ()
+    smooth: float = 0.0
 
 
 def flow_colours(flow: np.ndarray, scale: float) -> np.ndarray:
@@ -208,6 +210,9 @@ def _draw_curve(canvas: _Canvas, top: int, picture: FlowPicture) -> None:
     x = left + (times - times[0]) / span * (right - left)
     y = lower - values / height * (lower - upper)
     canvas.text(_MARGIN, top, "Motion of the face against the onset", 14)
+    if picture.smooth:
+        told = f"apex: its largest after smoothing over {picture.smooth:g} frame{'s' * (picture.smooth != 1)}"
+        canvas.text(_MARGIN + 270, top + 1, told, 12, _MUTED)
     for value, y_tick in ((0.0, lower), (float(values.max()), upper)):
         canvas.line([(left, y_tick), (right, y_tick)], _RULE)
         if value or y_tick == lower:

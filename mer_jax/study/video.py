@@ -111,7 +111,7 @@ def predict_video(
     for note in _notes(config, look):
         print(f"note: {note}")
     if picture:
-        save_picture(picture, _picture(prediction, Path(video).name))
+        save_picture(picture, _picture(prediction, Path(video).name, apex_config.smooth))
         print(f"picture: {picture}")
 
 
@@ -507,7 +507,7 @@ def _seconds(stretch: Stretch, index: int) -> str:
     return f"{(stretch.onset + index) / stretch.rate:.2f} s"
 
 
-def _picture(prediction: VideoPrediction, name: str) -> FlowPicture:
+def _picture(prediction: VideoPrediction, name: str, smooth: float) -> FlowPicture:
     look, told = prediction.look, prediction.predictions
     stretch = look.stretch
     moments = {"onset": 0, "apex": look.apex, "offset": stretch.num_frames - 1}
@@ -521,6 +521,7 @@ def _picture(prediction: VideoPrediction, name: str) -> FlowPicture:
         flow_names=[f"flow from {_PHASE_NAMES[phase]}" for phase in prediction.phases],
         intensity=look.intensity / look.grey[0].size,
         apex=look.apex,
+        smooth=smooth,
         times=(stretch.onset + np.arange(stretch.num_frames)) / stretch.rate,
         label_names=told.labels,
         mean=told.mean[0],

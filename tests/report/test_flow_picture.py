@@ -119,6 +119,12 @@ def test_the_apex_is_marked_where_it_is(picture):
         assert near(image[976 - round(110 * value / 4), 92 + 238 * frame], BLUE, 30)
 
 
+def test_what_the_apex_is_the_largest_of_is_told(picture):
+    plain, smoothed = (pixels(dataclasses.replace(picture, smooth=smooth))[836:856] for smooth in (0.0, 1.0))
+    differing = np.flatnonzero((plain != smoothed).any(axis=(0, 2)))
+    assert 300 < differing[0] < 320 and differing[-1] < 700
+
+
 def test_what_a_study_lacks_is_left_out(picture):
     short = dataclasses.replace(
         picture, flows=np.zeros((0, 8, 8, 2)), flow_names=[], intensity=None, stream_names=(), streams=None,
