@@ -23,6 +23,9 @@ import jax
 import jax.numpy as jnp
 
 
+_LEAST_TOGETHER = 8  # samples; they fill a vector register
+
+
 def patches(x: jax.Array, size: int, padding: int) -> jax.Array:
     """All ``size x size`` neighbourhoods of zero-padded maps.
 
@@ -202,9 +205,7 @@ def _train_block_backward(block, saved, gradients):
         z_gradient = factor * (sparse - (constant + slope * z) * mask[None, None, None])
         z_gradient = jnp.where(z > 0, z_gradient, 0.0) if block.rectify else z_gradient
         x_gradient, kernel_gradient = _convolve_backward(block.padding, (x, kernel), z_gradient)
-        # A bias that normalisation takes away again has no gradient.
-        bias_gradient = jnp.sum(z_gradient, axis=(1, 2, 3)) if block.rectify else jnp.zeros_like(bias)
-        return x_gradient, kernel_gradient, bias_gradient
+        return x_gradient, kernel_gradient, jnp.sum(z_gradient, axis=(1, 2, 3))
 
     taken = (_cut(block, x), _cut(block, gradient), place, _cut(block, sample_mask), z)
     x_gradient, kernel_gradient, bias_gradient = _over_pieces(piece, block, taken)
@@ -312,8 +313,7 @@ def convolution_block(
     shift = jnp.concatenate([each.bias for each in normalisers])
     height, width = (side + 2 * padding - kernel.shape[0] + 1 for side in x.shape[1:3])
     sample_bytes = height * width * kernel.shape[-1] * x.dtype.itemsize
-    # Eight samples fill a vector register.
-    together = max(8, cache_bytes // sample_bytes // 8 * 8) if cache_bytes else x.shape[-1]
+    together = max(_LEAST_TOGETHER, cache_bytes // sample_bytes // 8 * 8) if cache_bytes else x.shape[-1]
     pieces = -(-x.shape[-1] // together)
     block = _Block(padding, window, pool_padding, rectify, pieces, epsilon)
     if not train:
