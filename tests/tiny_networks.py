@@ -6,6 +6,7 @@ so the folder of this file must be on the path.
 
 import dataclasses
 import os
+import time
 
 import cv2
 import jax
@@ -34,6 +35,12 @@ def prepare_bright(crops: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """As :func:`prepare` in float32; dark crops are not found."""
     images, _ = prepare(crops)
     return images.astype(np.float32), crops.mean(axis=(1, 2, 3)) > 60
+
+
+def prepare_slowly(crops: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """As :func:`prepare`, so slowly that one can be in time to interrupt it."""
+    time.sleep(0.05)
+    return prepare(crops)
 
 
 def load(path: str | os.PathLike) -> dict:
@@ -84,4 +91,5 @@ NETWORKS = {
     "tiny_geometry": dataclasses.replace(
         TINY, name="tiny_geometry", modality="geometry", preprocessing="bright crops", prepare=prepare_bright, hub=""
     ),
+    "tiny_slow": dataclasses.replace(TINY, name="tiny_slow", prepare=prepare_slowly, hub=""),
 }

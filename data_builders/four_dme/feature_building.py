@@ -244,7 +244,7 @@ class _Job:
                 program = self._compile(variables, first[1], devices)
                 del variables
                 at_once = f"{len(devices)} x {program.batch_size} at once"
-                bar.set_description(f"{self.network.name}, {at_once}", refresh=False)
+                bar.set_description_str(f"{self.network.name}, {at_once}", refresh=False)
                 write_record(self.folder, replace(self.record, batch_size=program.batch_size, made_with=made_with))
                 self._receive(program, itertools.chain([first], arrivals), bar)
         if self._errors:

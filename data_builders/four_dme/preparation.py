@@ -93,7 +93,8 @@ def prepare(
         _Task(clip.name, folder / f"{clip.name}.npz", fingerprint(clip), clip, crop, tuple(extractors))
         for clip in clips
     ]
-    return finish_clips(_prepare_clip, tasks, workers=workers, desc="extracting features")
+    desc = "extracting features" if extractors else "finding faces"
+    return finish_clips(_prepare_clip, tasks, workers=workers, desc=desc)
 
 
 def load_prepared(path: Path, view: str) -> PreparedView:

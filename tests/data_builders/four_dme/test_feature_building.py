@@ -23,6 +23,7 @@ from mer_jax.clips.layouts import read_challenge
 from mer_jax.clips.views import split_views
 from mer_jax.errors import UserError
 from mer_jax.extractors import networks
+from mer_jax.study.data import load_dataset
 
 TESTS = Path(__file__).resolve().parents[2]
 COLUMNS = {"Negative": "neg"}
@@ -184,6 +185,9 @@ def test_a_study_finds_the_features(built, extract, challenge, tmp_path):
         ensure_dataset(data, ("tiny", "hog"))
     extract()
     assert ensure_dataset(data, ("tiny", "hog")) == built
+    chosen = {"appearance": "tiny", "geometry": "hog"}
+    study = load_dataset(built, chosen, num_frames=6, short="repeat")
+    assert study.features["appearance"].shape == (8, 6, 12) and study.features["geometry"].shape == (8, 6, 1296)
     # What was extracted before comes back into a data set that is built anew, and into one that lacks it.
     shutil.rmtree(built)
     data.source, data.columns = str(challenge), ("Negative=neg",)
@@ -217,8 +221,7 @@ def test_an_interrupted_extraction_ends_like_a_whole_one(built, extract, ran, tm
     assert kept(folder) == whole and {name for name, _ in ran} == {"seq_7"}
 
 
-@pytest.mark.parametrize("devices", [1, 3])
-def test_neither_workers_nor_devices_nor_parts_change_a_bit(built, extract, tmp_path, monkeypatch, devices):
+def test_neither_workers_nor_devices_nor_parts_change_a_bit(built, extract, tmp_path, monkeypatch):
     import mer_jax.extractors.pipeline as pipeline
 
     extract()
@@ -226,7 +229,7 @@ def test_neither_workers_nor_devices_nor_parts_change_a_bit(built, extract, tmp_
     whole = kept(folder)
     shutil.rmtree(folder)
     available = jax.local_devices()
-    monkeypatch.setattr(pipeline, "local_devices", lambda: available[:devices])
+    monkeypatch.setattr(pipeline, "local_devices", lambda: available[:3])
     monkeypatch.setattr(frame_images, "_CHUNK_BYTES", 1)  # a frame at a time
     extract(workers=2)
     assert kept(folder) == whole
@@ -351,6 +354,27 @@ def test_half_precision_on_disk(built, extract, weights, tmp_path):
 def test_weights_that_give_nan_are_one_line(built, extract, weights):
     with pytest.raises(UserError, match=r"clip seq_2: tiny gives NaN or Inf; the weights are damaged or not its own"):
         extract(weights=weights(scale=1e30))
+
+
+def test_grey_and_transparent_frames_are_read_as_what_they_show(weights, tmp_path, rng):
+    frames = rng.integers(0, 256, (3, 48, 96), np.uint8)
+    found = {}
+    for kind in ("RGB", "L", "RGBA"):
+        clip = tmp_path / kind / "train" / "1"
+        clip.mkdir(parents=True)
+        for index, frame in enumerate(frames):
+            image = Image.fromarray(frame).convert(kind)
+            if kind == "RGBA":
+                image.putalpha(40 * index)
+            image.save(clip / f"{index}.png")
+        (tmp_path / kind / "train.csv").write_text("Id,Negative,Positive,Repression,Surprise,Others\n1,1,0,0,0,0\n")
+        options = dict(source=tmp_path / kind, data_dir=tmp_path / kind / "data", crop=CropConfig(size=32), workers=1)
+        four_dme.build("challenge", extractors=("hog",), **options)
+        records = read(four_dme.extract_features("tiny", "challenge", weights=weights(), **options))["train"]
+        found[kind] = np.stack([record["features"]["tiny"] for record in records])
+    assert found["RGB"].shape == (2, 3, 12) and np.ptp(found["RGB"], axis=1).min() > 0
+    np.testing.assert_array_equal(found["RGB"], found["L"])
+    np.testing.assert_array_equal(found["RGB"], found["RGBA"])
 
 
 def test_one_bad_clip_costs_no_other(built, extract, challenge, ran, tmp_path):
