@@ -181,7 +181,7 @@ def _read_shards(index: Path) -> dict[str, np.ndarray]:
 
 # --- parametrisations ---------------------------------------------------------------------------------------------
 
-_PARAMETRISED = re.compile(r"(?P<layer>.+)\.parametrizations\.(?P<leaf>\w+)\.(?P<rest>.+)")
+_PARAMETRISED = re.compile(r"(?P<layer>(?:.+\.)?)parametrizations\.(?P<leaf>\w+)\.(?P<rest>.+)")
 
 
 def _folded(state: dict[str, np.ndarray], path: Path, args: Any) -> dict[str, np.ndarray]:
@@ -195,7 +195,7 @@ def _folded(state: dict[str, np.ndarray], path: Path, args: Any) -> dict[str, np
     for name, array in state.items():
         match = _PARAMETRISED.fullmatch(name)
         if match:
-            folded = f"{match['layer']}.{match['leaf']}"
+            folded = match["layer"] + match["leaf"]
             parts.setdefault(folded, {})[match["rest"]] = array
             result[folded] = array  # its place in the order
         else:

@@ -1,0 +1,53 @@
+"""Official PyTorch networks for parity tests: importable without a GPU build, with weights that exercise every term."""
+
+import os
+import sys
+import warnings
+
+# transformers would look for newer files on the network.
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import torch
+
+_operators = []  # kept: they are undeclared with their last reference
+
+
+def _import_torchvision() -> None:
+    """Imports torchvision, also where its packaged library, built for CUDA, cannot be loaded beside a CPU torch.
+
+    Importing it then fails on two operators that nothing here needs, and with it timm and every image model of
+    transformers. With the operators declared it works.
+    """
+    try:
+        import torchvision
+    except RuntimeError:
+        for name in [name for name in sys.modules if name.partition(".")[0] == "torchvision"]:
+            del sys.modules[name]
+        _operators.append(torch.library.Library("torchvision", "FRAGMENT"))
+        for name in ("nms", "qnms"):
+            _operators[0].define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+        import torchvision  # noqa: F401
+
+
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")
+    _import_torchvision()
+    import transformers
+
+transformers.logging.set_verbosity_error()
+transformers.logging.disable_progress_bar()
+
+
+def randomised(network: torch.nn.Module, seed: int = 0, scale: float = 0.2) -> torch.nn.Module:
+    """Draws every parameter, also those that initialisation leaves at 0 or 1, around where it is."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in network.parameters():
+            centre = 1.0 if parameter.ndim == 1 and bool((parameter == 1).all()) else 0.0
+            parameter.copy_(torch.randn(parameter.shape, generator=generator) * scale + centre)
+    return network.eval()
+
+
+def channels_first(images) -> torch.Tensor:
+    """Images (B, h, w, 3) of NumPy as (B, 3, h, w)."""
+    return torch.from_numpy(images.transpose(0, 3, 1, 2).copy())
