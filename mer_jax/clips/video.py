@@ -41,6 +41,9 @@ _RATES = (1.0, 2000.0)
 # What the search looks at: so many frames of each stretch, at this size.
 _LOOKS = 8
 _LOOK_SIZE = 112
+# Correlation of grey levels with the first look, once laid over it, below which a look shows something else. Faces that
+# speak, turn and are touched keep above 0.8; another scene has none that could be laid over.
+_SAME = 0.7
 
 
 @dataclasses.dataclass(frozen=True)
@@ -176,8 +179,9 @@ def find_motion(
     Stretches of half a second start every eighth of a second. In each, the face of the first frame is cut out of
     eight frames, which are laid over the first as rigid pictures, so that motion of the whole head is gone; what
     motion remains is summed as for the apex. A stretch counts as much as its motion rises above what is left at its
-    end: an expression counts that is over by then, a face that stays turned does not. This is a rule of motion and
-    no method of spotting: blinks and speech count, too.
+    end: an expression counts that is over by then, a face that stays turned does not. A stretch in which the picture
+    changes to another one, as at a cut, is passed over. This is a rule of motion and no method of spotting: blinks and
+    speech count, too.
 
     Args:
         path: The video, of any length; one frame and some dozens of small crops are in memory at a time.
@@ -189,19 +193,20 @@ def find_motion(
         Numbers of the first and the last frame; the earliest of equals.
 
     Raises:
-        UserError: The video cannot be read, is shorter than the stretch, or shows no face.
+        UserError: The video cannot be read, is shorter than the stretch, or shows no face for so long.
     """
     crop = dataclasses.replace(crop or CropConfig(), size=_LOOK_SIZE)
     length = max(MIN_FRAMES, round(STRETCH_SECONDS * rate))
     hop = max(1, length // 4)
     looks = set(np.linspace(0, length - 1, _LOOKS).round().astype(int).tolist())
     open_stretches: list[tuple[int, object, list[np.ndarray]]] = []
-    best, best_start, looked = -1.0, None, 0
+    best, best_start, looked, seen = -1.0, None, 0, 0
     with progress(total=_reported_frames(path), desc="looking for motion", unit="frames") as bar:
         for number, frame in enumerate(read_video(path)):
             if number % hop == 0:
                 looked += 1
                 box = face_box([frame], crop, detector)
+                seen += box.found
                 if box.found:
                     open_stretches.append((number, box, []))
             for start, box, grey in open_stretches:
@@ -209,12 +214,19 @@ def find_motion(
                     grey.append(to_grey(crop_clip([frame], box, _LOOK_SIZE)[0]))
             while open_stretches and number - open_stretches[0][0] == length - 1:
                 start, _, grey = open_stretches.pop(0)
-                intensity = motion_intensity(_aligned(grey), FlowConfig(), "none")
+                laid = _aligned(grey)
+                if laid is None:
+                    continue
+                intensity = motion_intensity(laid, FlowConfig(), "none")
                 rise = float(intensity.max() - intensity[-1])
                 if rise > best:
                     best, best_start = rise, start
             bar.update()
         bar.total = bar.n
+    if best_start is None and seen:
+        raise UserError(
+            f"{path}: shows no face for half a second without a break; choose --onset and --offset, or another video"
+        )
     if best_start is None:
         raise UserError(f"{path}: no face found in {looked} frames looked at; choose a video of a face")
     return best_start, best_start + length - 1
@@ -239,8 +251,8 @@ def _opened(path: str | os.PathLike) -> Iterator[cv2.VideoCapture]:
         capture.release()
 
 
-def _aligned(grey: Sequence[np.ndarray]) -> np.ndarray:
-    """Lays (H, W) frames over the first of them by turning and shifting; (T, H, W).
+def _aligned(grey: Sequence[np.ndarray]) -> np.ndarray | None:
+    """Lays (H, W) frames over the first of them by turning and shifting; (T, H, W), None if one shows something else.
 
     Flow less its rigid part would not do here: where a face is smooth, flow does not see the head move.
     """
@@ -249,10 +261,11 @@ def _aligned(grey: Sequence[np.ndarray]) -> np.ndarray:
     for frame in grey[1:]:
         try:
             start = np.eye(2, 3, dtype=np.float32)
-            _, warp = cv2.findTransformECC(first, frame, start, cv2.MOTION_EUCLIDEAN, criteria, None, 5)
-        except cv2.error:  # nothing in common, such as after a cut, or nothing to see at all
-            laid.append(frame)
-            continue
+            correlation, warp = cv2.findTransformECC(first, frame, start, cv2.MOTION_EUCLIDEAN, criteria, None, 5)
+        except cv2.error:  # nothing in common, or nothing to see at all
+            return None
+        if correlation < _SAME:
+            return None
         flags = cv2.INTER_LINEAR | cv2.WARP_INVERSE_MAP
         laid.append(cv2.warpAffine(frame, warp, frame.shape[::-1], flags=flags, borderMode=cv2.BORDER_REPLICATE))
     return np.stack(laid)

@@ -3,7 +3,7 @@
 import dataclasses
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import jax
@@ -12,7 +12,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from mer_jax.clips.apex import ApexConfig, find_apex, motion_intensity
-from mer_jax.clips.crops import Box, CropConfig, FaceSearch, crop_clip
+from mer_jax.clips.crops import Box, CropConfig, FaceSearch, crop_clip, face_box
 from mer_jax.clips.faces import FaceDetector
 from mer_jax.clips.flow import FlowConfig, dense_flow, flow_channels, resize_flow, to_grey
 from mer_jax.clips.resample import resample_indices
@@ -48,6 +48,7 @@ class Look:
         shown: ``(3, S', S', 3)`` uint8 RGB, the face at onset, apex and offset, as fine as the video has it up to 640.
         intensity: ``(T,)`` summed motion against the onset.
         apex: Index of the apex, from 1 to T - 2.
+        faceless: Those of onset, apex and offset in whose frame no face is found there.
     """
 
     stretch: Stretch
@@ -56,6 +57,7 @@ class Look:
     shown: np.ndarray
     intensity: np.ndarray
     apex: int
+    faceless: tuple[str, ...]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -157,20 +159,23 @@ def look_at_video(
         search = FaceSearch(crop, detector)
         for frame in read_video(video, stretch.onset, stretch.offset + 1):
             search.look(frame)
-    box = search.box()
-    named = f"frames {stretch.onset} to {stretch.offset}"
-    if not box.found:
-        where = "the first of " if crop.rule == "first" else ""
-        raise UserError(f"{video}: no face found in {where}{named}; choose --onset and --offset where one is seen")
-    frames = read_video(video, stretch.onset, stretch.offset + 1)
-    grey = np.stack([to_grey(crop_clip([frame], box, crop.size)[0]) for frame in frames])
-    intensity = motion_intensity(grey, flow, apex.compensate, apex.blink)
-    if intensity.max() < _REST * grey[0].size:
-        raise UserError(f"{video}: nothing moves in {named}, all are alike; choose a stretch with motion")
-    middle = find_apex(intensity, apex.smooth)
-    side = max(crop.size, min(box.width, _SHOWN_SIZE))
-    shown = crop_frames(video, stretch, box, side, np.array([0, middle, stretch.num_frames - 1]))
-    return Look(stretch, box, grey, shown, intensity, middle)
+        box = search.box()
+        named = f"frames {stretch.onset} to {stretch.offset}"
+        if not box.found:
+            where = "the first of " if crop.rule == "first" else ""
+            raise UserError(f"{video}: no face found in {where}{named}; choose --onset and --offset where one is seen")
+        frames = read_video(video, stretch.onset, stretch.offset + 1)
+        grey = np.stack([to_grey(crop_clip([frame], box, crop.size)[0]) for frame in frames])
+        intensity = motion_intensity(grey, flow, apex.compensate, apex.blink)
+        if intensity.max() < _REST * grey[0].size:
+            raise UserError(f"{video}: nothing moves in {named}, all are alike; choose a stretch with motion")
+        middle = find_apex(intensity, apex.smooth)
+        moments = {"onset": 0, "apex": middle, "offset": stretch.num_frames - 1}
+        frames = list(_frames_at(video, stretch, moments.values()))
+        here = [face_box([frame], crop, detector) for frame in frames]
+    faceless = tuple(name for name, found in zip(moments, here, strict=True) if not _same_place(found, box))
+    shown = crop_clip(frames, box, max(crop.size, min(box.width, _SHOWN_SIZE)))
+    return Look(stretch, box, grey, shown, intensity, middle, faceless)
 
 
 def crop_frames(
@@ -188,9 +193,20 @@ def crop_frames(
     Returns:
         ``(len(indices), S, S, 3)`` uint8 RGB.
     """
-    wanted = set(np.asarray(indices).tolist())
+    return crop_clip(_frames_at(video, stretch, indices), box, size)
+
+
+def _frames_at(video: str | os.PathLike, stretch: Stretch, indices: Iterable[int]) -> Iterator[np.ndarray]:
+    """(H, W, 3) uint8 RGB, chosen frames of a stretch in order of time."""
+    wanted = {int(index) for index in indices}
     frames = enumerate(read_video(video, stretch.onset, stretch.offset + 1))
-    return crop_clip((frame for index, frame in frames if index in wanted), box, size)
+    return (frame for index, frame in frames if index in wanted)
+
+
+def _same_place(one: Box, other: Box) -> bool:
+    """Whether a face was found whose box has its middle in the other box."""
+    x, y = one.left + one.width / 2 - other.left, one.top + one.height / 2 - other.top
+    return one.found and 0 <= x <= other.width and 0 <= y <= other.height
 
 
 def _settings(config: ConfigDict) -> tuple[CropConfig, FlowConfig, ApexConfig]:
@@ -229,6 +245,11 @@ def _notes(config: ConfigDict, look: Look) -> list[str]:
         notes.append(
             "the frames were chosen by motion alone, as blinks and speech would be, too; --onset and --offset choose "
             "others"
+        )
+    if look.faceless:
+        notes.append(
+            f"no face is found in the frame of {' and '.join(look.faceless)}, so that its motion may be another's; "
+            "--onset and --offset choose others"
         )
     if look.stretch.num_frames > MIN_FRAMES and look.apex == look.stretch.num_frames - 2:
         notes.append(

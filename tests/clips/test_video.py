@@ -241,3 +241,25 @@ def test_stretches_without_a_face_are_passed_over(tmp_path, detector):
 
     first, last = find_motion(write_video(tmp_path / "v.avi", map(frame, range(90))), detector, RATE)
     assert 50 <= first <= 70 <= last
+
+
+def test_stretches_with_a_cut_are_passed_over(tmp_path, detector):
+    """The same face held the other way round, or nobody, moves more than any expression."""
+    mirrored = np.ascontiguousarray(face_videos.photograph()[:, ::-1])
+    noise = np.random.default_rng(0).integers(0, 255, mirrored.shape, np.uint8)
+
+    def frame(number):
+        if number < 20 or number == 45:
+            return mirrored if number < 20 else noise
+        return face_videos.face_frame(raise_mouth=2.0 * bump(number, 70, 5))
+
+    first, last = find_motion(write_video(tmp_path / "v.avi", map(frame, range(90))), detector, RATE)
+    assert 55 <= first <= 70 <= last
+
+
+def test_faces_that_are_never_seen_for_long_are_one_line(tmp_path, detector):
+    noise = np.random.default_rng(0).integers(0, 255, face_videos.photograph().shape, np.uint8)
+    frames = (noise if number % 5 else face_videos.photograph() for number in range(60))
+    path = write_video(tmp_path / "v.avi", frames)
+    with pytest.raises(UserError, match=r"v\.avi: shows no face for half a second without a break; choose --onset and"):
+        find_motion(path, detector, RATE)

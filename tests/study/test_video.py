@@ -153,7 +153,7 @@ def test_the_look_is_that_of_the_builders(video, look):
     shown = [frames[index] for index in (0, look.apex, NUM_FRAMES - 1)]
     side = max(224, min(box.width, 640))
     np.testing.assert_array_equal(look.shown, crop_clip(shown, box, side))
-    assert look.intensity.shape == (NUM_FRAMES,) and look.intensity[0] == 0
+    assert look.intensity.shape == (NUM_FRAMES,) and look.intensity[0] == 0 and look.faceless == ()
 
 
 def test_members_predict_as_by_hand(video, look, micro_run):
@@ -234,6 +234,17 @@ def test_motion_that_does_not_end_is_told(tmp_path, micro_run, capsys):
     predict_video(micro_run, path)
     printed = capsys.readouterr().out
     assert "apex: frame 11 " in printed and "note: the motion still grows at the end of these frames" in printed
+
+
+def test_frames_without_the_face_are_told(tmp_path, micro_run, capsys):
+    blank = np.full_like(face_videos.photograph(), 90)
+    faces = [face_videos.face_frame(raise_mouth=4 * face_videos.bump(t, MIDDLE, 5)) for t in range(NUM_FRAMES)]
+    path = face_videos.write_video(tmp_path / "late.avi", [blank, blank, *faces[2:]])
+    predict_video(micro_run, path)
+    assert (
+        "note: no face is found in the frame of onset, so that its motion may be another's" in capsys.readouterr().out
+    )
+    assert look_at_video(path, CROP, FLOW, APEX, onset="3").faceless == ()
 
 
 def test_given_frames_are_taken(video, micro_run, capsys):
