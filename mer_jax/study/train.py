@@ -51,6 +51,8 @@ from mer_jax.study.workdir import check_data, check_workdir, start_workdir, writ
 # More members a call than this gain nothing on a CPU core (its cache is full) and would leave other cores idle.
 _CPU_BLOCK = 16
 _ACCELERATOR_BLOCK = 128
+# Members that take turns gain nothing from each other: small blocks keep all cores busy to the end.
+_TURNS_BLOCK = 2
 # A stopped run must be gone in 10 s; a worker that is inside a compilation cannot be asked to hurry.
 _GRACE_SECONDS = 8.0
 _MAPS = "feature_maps.npz"
@@ -337,7 +339,7 @@ def make_plan(config: ConfigDict, data: StudyData, maps: Mapping[str, list[Featu
     )
 
 
-def block_size(num_members: int, num_devices: int, device_kind: str, wanted: int) -> int:
+def block_size(num_members: int, num_devices: int, device_kind: str, wanted: int, one_by_one: bool = False) -> int:
     """How many members one compiled call trains.
 
     On a CPU it does not depend on the number of devices, so neither does any result, to the last bit.
@@ -347,6 +349,7 @@ def block_size(num_members: int, num_devices: int, device_kind: str, wanted: int
         num_devices: Devices at hand.
         device_kind: ``'cpu'`` or another platform.
         wanted: ``config.study.members_together``; 0 to choose.
+        one_by_one: Whether members of a block take turns.
 
     Returns:
         The number, at most ``num_members``; blocks are of nearly equal size.
@@ -354,7 +357,7 @@ def block_size(num_members: int, num_devices: int, device_kind: str, wanted: int
     if wanted:
         return min(wanted, num_members)
     if device_kind == "cpu":
-        blocks = -(-num_members // _CPU_BLOCK)
+        blocks = -(-num_members // (_TURNS_BLOCK if one_by_one else _CPU_BLOCK))
         return -(-num_members // blocks)
     return min(_ACCELERATOR_BLOCK, -(-num_members // num_devices))
 
@@ -387,17 +390,18 @@ def _train_members(
 ) -> int:
     write_tables(workdir, plan.data, plan.clip_fold, plan.members)
     _save_maps(workdir, plan.maps)
-    chosen = block_size(len(plan.members), len(devices), devices[0].platform, config.study.members_together)
-    size = _settled_block_size(workdir, chosen, devices[0].platform)
     one_by_one = learner.one_by_one and devices[0].platform == "cpu"
+    chosen = block_size(len(plan.members), len(devices), devices[0].platform, config.study.members_together, one_by_one)
+    size = _settled_block_size(workdir, chosen, devices[0].platform)
     blocks = [range(start, min(start + size, len(plan.members))) for start in range(0, len(plan.members), size)]
     if one_by_one and len(devices) == 1:
         devices = list(devices) * available_processors()  # a thread a core, each with a member of its own
     devices = devices[: len(blocks)]
+    folds = len({member.fold for member in plan.members})
     _say(
-        f"{config.name}: {len(plan.members)} members ({len(set(m.fold for m in plan.members))} folds x "
-        f"{len(plan.members) // len(set(m.fold for m in plan.members))}), {size} together in one program, on "
-        f"{len(set(devices))} {devices[0].platform} device{'s' if len(set(devices)) > 1 else ''}"
+        f"{config.name}: {len(plan.members)} members ({folds} folds x {len(plan.members) // folds}), {size} "
+        f"{'in turn' if one_by_one else 'together'} in one program, on {len(set(devices))} {devices[0].platform} "
+        f"device{'s' if len(set(devices)) > 1 else ''}"
     )
     programs = engine.make_programs(learner, plan.recipe, plan.num_steps, plan.last_batch, one_by_one)
     stop = threading.Event()
