@@ -22,7 +22,6 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-
 _LEAST_TOGETHER = 8  # samples; they fill a vector register
 
 
