@@ -1,27 +1,49 @@
-"""The face regressors in PyTorch, from timm and torchvision and the description of their checkpoints.
+"""The face regressors in PyTorch, from timm and torchvision and the description of their checkpoints."""
 
-A packaged torchvision may be a CUDA build whose own library a CPU torch cannot load; importing it, and with it timm, then
-fails on two operators that nothing here needs. They are declared first.
-"""
-
+import sys
+import warnings
 from pathlib import Path
 
 import torch
-
-try:
-    _operators = torch.library.Library("torchvision", "FRAGMENT")  # kept: it undeclares with its last reference
-    for _name in ("nms", "qnms"):
-        _operators.define(f"{_name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-except RuntimeError:  # declared already
-    pass
-
-import timm
-import torchvision
 from torch import nn
-from torchvision.models.resnet import Bottleneck, ResNet
+
+_operators = []  # kept: they are undeclared with their last reference
+
+
+def _import_torchvision() -> None:
+    """Imports torchvision, also where its packaged library, built for CUDA, cannot be loaded beside a CPU torch.
+
+    Importing it, and with it timm, then fails on two operators that nothing here needs, unless they are declared.
+    """
+    try:
+        import torchvision
+    except RuntimeError:
+        for name in [name for name in sys.modules if name.partition(".")[0] == "torchvision"]:
+            del sys.modules[name]
+        _operators.append(torch.library.Library("torchvision", "FRAGMENT"))
+        for name in ("nms", "qnms"):
+            _operators[0].define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+        import torchvision  # noqa: F401
+
+
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")
+    _import_torchvision()
+    import timm
+    from torchvision.models import resnet
 
 DDFA_HEADS = (80, 64, 80, 3, 27, 2, 1)
 FACEVERSE_HEADS = (156, 177, 251, 27, 3, 2, 1, 4)
+
+
+def mobilenet(size: str) -> nn.Module:
+    """The minimal MobileNetV3, ``'large'`` or ``'small'``: images ``(B, 3, H, W)`` to a list of feature maps."""
+    return timm.create_model(f"tf_mobilenetv3_{size}_minimal_100", pretrained=False, features_only=True)
+
+
+def bottlenecks(blocks: tuple[int, ...]) -> nn.Module:
+    """A ResNet of bottlenecks; ``(3, 4, 6, 3)`` is ResNet-50."""
+    return resnet.ResNet(resnet.Bottleneck, list(blocks))
 
 
 class TorchEncoder(nn.Module):
@@ -29,7 +51,7 @@ class TorchEncoder(nn.Module):
 
     def __init__(self, size, outputs, head):
         super().__init__()
-        self.encoder = timm.create_model(f"tf_mobilenetv3_{size}_minimal_100", pretrained=False, features_only=True)
+        self.encoder = mobilenet(size)
         self.head = head
         setattr(self, head, nn.Sequential(nn.Linear(self.encoder.feature_info[-1]["num_chs"], outputs)))
 
@@ -68,7 +90,7 @@ class TorchRegressor(nn.Module):
 
     def __init__(self, heads, blocks=(3, 4, 6, 3)):
         super().__init__()
-        self.backbone = torchvision.models.resnet50() if blocks == (3, 4, 6, 3) else ResNet(Bottleneck, list(blocks))
+        self.backbone = bottlenecks(blocks)
         del self.backbone.fc
         self.final_layers = nn.ModuleList([nn.Conv2d(2048, size, 1) for size in heads])
 

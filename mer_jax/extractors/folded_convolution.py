@@ -26,8 +26,8 @@ import numpy as np
 from mer_jax.errors import UserError
 
 # Kernel to the 4 x 4 points at which the products of F(2, 3) are taken, along one axis, and back again.
-_TO_POINTS = np.array([[1, 0, 0], [0.5, 0.5, 0.5], [0.5, -0.5, 0.5], [0, 0, 1]])
-_FROM_POINTS = np.array([[1, 0, 0, 0], [0, 1, -1, 0], [0, 0, 0, 1]])
+_TO_POINTS = ((1.0, 0.0, 0.0), (0.5, 0.5, 0.5), (0.5, -0.5, 0.5), (0.0, 0.0, 1.0))
+_FROM_POINTS = ((1.0, 0.0, 0.0, 0.0), (0.0, 1.0, -1.0, 0.0), (0.0, 0.0, 0.0, 1.0))
 _POINTS = [f"{row}{column}" for row in range(4) for column in range(4)]
 # Patches with fewer values are better gathered before one product than left to XLA's convolution.
 _FEW_VALUES = 32
