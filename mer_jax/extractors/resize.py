@@ -49,10 +49,12 @@ def weights(size: int, target: int, kernel: Kernel, antialias: bool) -> np.ndarr
         result = np.where(inside, _kernel(near, kernel, -0.5), 0.0)
         return result / result.sum(axis=1, keepdims=True)
     result = np.zeros((target, size))
-    start = np.floor(centres - 0.5).astype(int) - support + 1
+    # In single precision, as torch: where a large grid shrinks, the fifth digit of the shares depends on it.
+    centres = np.float32(scale) * (np.arange(target, dtype=np.float32) + np.float32(0.5)) - np.float32(0.5)
+    start = np.floor(centres).astype(int) - support + 1
     for tap in range(2 * support):
         place = start + tap
-        share = _kernel(np.abs(place + 0.5 - centres), kernel, -0.75)
+        share = _kernel(np.abs(place - centres).astype(np.float64), kernel, -0.75)
         np.add.at(result, (np.arange(target), place.clip(0, size - 1)), share)
     return result
 
