@@ -106,5 +106,5 @@ def _is_finished(task: ClipTask) -> bool:
     try:
         with np.load(task.path) as stored:
             return json.loads(str(stored["told"]))["fingerprint"] == task.fingerprint
-    except (OSError, ValueError, KeyError, zipfile.BadZipFile):
+    except (OSError, EOFError, ValueError, KeyError, zipfile.BadZipFile):
         return False
