@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 import re
+import sys
 import uuid
 import zipfile
 from collections.abc import Sequence
@@ -121,6 +122,7 @@ def load_variables(network: Network, checkpoint: Path, sha256: str, folder: Path
 def _fetch(hub: str, network: Network) -> Path:
     import huggingface_hub
 
+    print(f"taking {hub} from the Hugging Face hub (licence: {network.licence})", file=sys.stderr)
     reasons = []
     for name in _FILES:
         try:

@@ -78,11 +78,12 @@ def hub(monkeypatch, tmp_path):
     return asked
 
 
-def test_weights_of_the_hub(hub, tmp_path):
+def test_weights_of_the_hub(hub, tmp_path, capsys):
     (tmp_path / "tests" / "tiny").mkdir(parents=True)
     (tmp_path / "tests" / "tiny" / "model.safetensors").write_bytes(b"whole")
     for given in (None, "tests/tiny"):
         assert find_weights(given, TINY) == tmp_path / "tests" / "tiny" / "model.safetensors"
+        assert capsys.readouterr().err == "taking tests/tiny from the Hugging Face hub (licence: Test-1.0)\n"
     index = write_parts(tmp_path / "tests" / "parted")
     assert find_weights("tests/parted", TINY) == index
     assert hub[-2:] == [("tests/parted", "model-1.safetensors"), ("tests/parted", "model-2.safetensors")]
