@@ -104,7 +104,8 @@ def say_waiting(work: Path) -> None:
 
 def _is_finished(task: ClipTask) -> bool:
     try:
-        with np.load(task.path) as stored:
+        # Opened here, because NumPy leaves a damaged file open.
+        with open(task.path, "rb") as stream, np.load(stream) as stored:
             return json.loads(str(stored["told"]))["fingerprint"] == task.fingerprint
     except (OSError, EOFError, ValueError, KeyError, zipfile.BadZipFile):
         return False
