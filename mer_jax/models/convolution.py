@@ -302,7 +302,7 @@ def convolution_block(
         pool_padding: Padding of the pooling, below ``window``; it never wins.
         rectify: Whether a ReLU comes before the normalisation.
         train: Whether to use, and update, statistics of the batch.
-        cache_bytes: In training, work on so many samples at a time that their maps take no more; 0 for all at once.
+        cache_bytes: Work on so many samples at a time that their maps take no more; 0 for all at once.
         epsilon: Added to the variance.
 
     Returns:
@@ -318,7 +318,11 @@ def convolution_block(
     if not train:
         mean = jnp.concatenate([each.mean.value for each in normalisers])
         variance = jnp.concatenate([each.var.value for each in normalisers])
-        extreme, _ = _signed_max_pool(_response(block, x, kernel, bias), scale, window, pool_padding)
+
+        def extremes(x):
+            return _signed_max_pool(_response(block, x, kernel, bias), scale, window, pool_padding)[0]
+
+        extreme = _join(_over_pieces(extremes, block, _cut(block, x)), x.shape[-1])
         return _channels(scale * jax.lax.rsqrt(variance + epsilon)) * (extreme - _channels(mean)) + _channels(shift)
     mask = sample_mask.astype(x.dtype)
     y, mean, variance = _train_block(block, x, kernel, bias, scale, shift, mask)
