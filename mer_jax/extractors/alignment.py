@@ -95,40 +95,28 @@ def square_crop(frame: np.ndarray, points: np.ndarray, *, size: int, scale: floa
     """SMIRK's rule: a square about the landmarks' box, ``scale`` times the mean of its sides.
 
     The square's corners come to the centres of the corner pixels; in between it is interpolated linearly, black
-    outside the frame, and cut to whole numbers. Equals scikit-image's ``warp``, with which SMIRK does it.
+    outside the frame. The result is cut, not rounded, to whole numbers, so that the last bits of the interpolation
+    show: it is scikit-image's, as SMIRK's is, similarity from three corners included.
 
     Args:
         frame: (H, W, 3) uint8.
-        points: (N, 2), x and y in pixels.
+        points: (N, 2), x to the right and y down in pixels.
         size: Side of the result.
         scale: What the box grows by.
 
     Returns:
         (size, size, 3) uint8; None where the landmarks span less than a pixel.
     """
+    from skimage.transform import estimate_transform, warp
+
     low, high = points.min(axis=0), points.max(axis=0)
     side = int((high - low).mean() * scale)
     if side < 1:
         return None
-    start = high - (high - low) / 2 - side / 2
-    (columns, rows) = (corner + np.arange(size) * (side / (size - 1)) for corner in start)
-    above, below, down = _neighbours(rows, frame.shape[0])
-    left, right, across = _neighbours(columns, frame.shape[1])
-    bordered = np.pad(frame, ((1, 1), (1, 1), (0, 0)))
-    across, down = across[None, :, None], down[:, None, None]
-    upper, lower = (
-        (1 - across) * bordered[line][:, left] + across * bordered[line][:, right] for line in (above, below)
-    )
-    face = (1 - down) * upper + down * lower
-    # Blends with the black outside are held within the frame's own range, what is all black is not.
-    return np.where(face == 0, 0, face.clip(frame.min(), frame.max())).astype(np.uint8)
-
-
-def _neighbours(places: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Pixels before and behind each place, in a line of ``count`` with a border of one, and the way between them."""
-    before, behind = np.floor(places), np.ceil(places)
-    inside = [(n.clip(-1, count) + 1).astype(int) for n in (before, behind)]
-    return *inside, places - before
+    centre = high - (high - low) / 2
+    corners = np.array([[0, 0], [0, 1], [1, 0]])
+    similarity = estimate_transform("similarity", centre + (corners - 0.5) * side, corners * (size - 1))
+    return warp(frame, similarity.inverse, output_shape=(size, size), preserve_range=True).astype(np.uint8)
 
 
 def five_points(points: np.ndarray) -> np.ndarray:
