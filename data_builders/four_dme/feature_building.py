@@ -245,6 +245,7 @@ class _Job:
                 del variables
                 at_once = f"{len(devices)} x {program.batch_size} at once"
                 bar.set_description_str(f"{self.network.name}, {at_once}", refresh=False)
+                bar.unpause()  # compiling is no part of the rate
                 write_record(self.folder, replace(self.record, batch_size=program.batch_size, made_with=made_with))
                 self._receive(program, itertools.chain([first], arrivals), bar)
         if self._errors:
