@@ -7,6 +7,7 @@ import warnings
 # transformers would look for newer files on the network.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
+import numpy as np
 import torch
 
 _operators = []  # kept: they are undeclared with their last reference
@@ -51,3 +52,10 @@ def randomised(network: torch.nn.Module, seed: int = 0, scale: float = 0.2) -> t
 def channels_first(images) -> torch.Tensor:
     """Images (B, h, w, 3) of NumPy as (B, 3, h, w)."""
     return torch.from_numpy(images.transpose(0, 3, 1, 2).copy())
+
+
+def relative_error(ours, theirs: torch.Tensor) -> float:
+    """The largest difference, as a share of the largest value."""
+    ours, theirs = np.asarray(ours, np.float64), theirs.detach().double().numpy()
+    assert ours.shape == theirs.shape
+    return float(np.abs(ours - theirs).max() / np.abs(theirs).max())

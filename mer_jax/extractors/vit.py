@@ -152,9 +152,9 @@ def _attend_on_cpu(query: jax.Array, key: jax.Array, value: jax.Array) -> jax.Ar
         return x.transpose(0, 2, 1, 3).reshape(batch * heads, x.shape[1], width)  # (B, T, H, d) -> (B H, T, d)
 
     def core(query: jax.Array, key: jax.Array, value: jax.Array) -> jax.Array:
-        scores = jnp.einsum("ntd,nsd->nts", query, key, preferred_element_type=jnp.float32)
+        scores = jnp.einsum("...td,...sd->...ts", query, key, preferred_element_type=jnp.float32)
         shares = jnp.exp(scores - scores.max(axis=-1, keepdims=True))
-        summed = jnp.einsum("nts,nsd->ntd", shares.astype(value.dtype), value, preferred_element_type=jnp.float32)
+        summed = jnp.einsum("...ts,...sd->...td", shares.astype(value.dtype), value, preferred_element_type=jnp.float32)
         return (summed / shares.sum(axis=-1, keepdims=True)).astype(value.dtype)
 
     query, key, value = by_head(query * jnp.asarray(width**-0.5, query.dtype)), by_head(key), by_head(value)
