@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from skimage import data, transform
+from skimage import data
 
 from mer_jax.errors import UserError
 from mer_jax.extractors import alignment, ddfa_v3, face_regressor, faceverse
@@ -216,25 +216,3 @@ def test_features_of_a_photograph_from_end_to_end(tmp_path, name):
     with torch.no_grad():
         (expected,) = network(image).numpy()[:, module.EXPRESSION]
     assert found.all() and np.abs(features - expected).max() <= 1e-3 * np.abs(expected).max()
-
-
-def test_features_of_a_photograph_by_smirk(tmp_path):
-    torch.manual_seed(0)
-    network = torch_faces.randomise(torch_faces.TorchSmirk())
-    extractor = get_network("smirk")
-    variables = extractor.load(torch_faces.save_smirk(network, tmp_path / "SMIRK_em1.pt"))
-    frame = np.ascontiguousarray(data.astronaut()[10:165, 120:341])
-    images, found = extractor.prepare(frame[None])
-    (features,) = np.asarray(jax.jit(extractor.apply)(variables, images))
-    # The detector merges all boxes above its threshold: SMIRK's threshold makes SMIRK's box.
-    (points,) = alignment.find_landmarks(frame[None], 0.1)
-    (left, top), (right, bottom) = points.min(0), points.max(0)
-    side = int((right - left + bottom - top) / 2 * 1.4)
-    x, y = right - (right - left) / 2.0, bottom - (bottom - top) / 2.0
-    corners = np.array([[x - side / 2, y - side / 2], [x - side / 2, y + side / 2], [x + side / 2, y - side / 2]])
-    similarity = transform.estimate_transform("similarity", corners, np.array([[0, 0], [0, 223], [223, 0]]))
-    image = transform.warp(frame, similarity.inverse, output_shape=(224, 224), preserve_range=True).astype(np.uint8)
-    np.testing.assert_array_equal(images[0], image)
-    with torch.no_grad():
-        (expected,) = network(torch.from_numpy(image).permute(2, 0, 1)[None].float() / 255).numpy()[:, :55]
-    assert found.all() and np.abs(features[:50] - expected[:50]).max() <= 1e-3 * np.abs(expected[:50]).max()

@@ -9,9 +9,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
+from skimage import data, transform
 
 from mer_jax.errors import UserError
-from mer_jax.extractors import smirk
+from mer_jax.extractors import alignment, smirk
 from mer_jax.extractors.networks import get_network
 
 _spec = importlib.util.spec_from_file_location("torch_faces", Path(__file__).parents[1] / "torch_faces.py")
@@ -50,42 +51,68 @@ def close(found, expected):
     )
 
 
-def test_full_size_equals_timm(rng, reference, checkpoint):
+@pytest.fixture(scope="module")
+def apply():
+    """Compiled once for the tests of the expression encoder, which all give it two images."""
+    return jax.jit(smirk.features)
+
+
+@pytest.mark.slow
+def test_all_encoders_equal_timms(rng, reference, checkpoint):
     assert sum(parameter.numel() for parameter in reference.parameters()) == 3_599_921
     assert len(reference.state_dict()) == 762
-    images = rng.integers(0, 256, (2, 224, 224, 3), np.uint8)
+    images = rng.integers(0, 256, (5, 224, 224, 3), np.uint8)
     expected = by_torch(reference, images)
-    full = get_network("smirk_full")
-    variables = full.load(checkpoint)
-    assert all(type(leaf) is np.ndarray and leaf.dtype == np.float32 for leaf in jax.tree.leaves(variables))
-    found = np.asarray(jax.jit(full.apply)(variables, images))
-    assert found.shape == (2, full.dim) == (2, 361) and found.dtype == np.float32
+    network = get_network("smirk_full")
+    found = np.asarray(jax.jit(network.apply)(network.load(checkpoint), images))
+    assert found.shape == (5, network.dim) == (5, 361) and found.dtype == np.float32
     assert close(found, expected)
 
 
-def test_default_is_the_expression_encoders_part(rng, reference, checkpoint):
-    images = rng.integers(0, 256, (2, 64, 64, 3), np.uint8)
+def test_default_is_the_expression_encoders_part(rng, reference, checkpoint, apply):
+    images = rng.integers(0, 256, (2, 224, 224, 3), np.uint8)
     expected = by_torch(reference, images)
     network = get_network("smirk")
     variables = network.load(checkpoint)
     assert variables["params"].keys() == {"expression_encoder"}
-    found = np.asarray(jax.jit(network.apply)(variables, images))
+    assert all(type(leaf) is np.ndarray and leaf.dtype == np.float32 for leaf in jax.tree.leaves(variables))
+    found = np.asarray(apply(variables, images))
     assert found.shape == (2, network.dim) == (2, 55)
     assert close(found, expected[:, :55])
 
 
-def test_limits_by_hand(checkpoint):
+def test_limits_by_hand(checkpoint, apply):
     """Eyelids in [0, 1], jaw open from 0 and turned by at most 0.2; nothing else is limited."""
     variables = get_network("smirk").load(checkpoint)
     head = variables["params"]["expression_encoder"]["head"]
     head["kernel"] = np.zeros_like(head["kernel"])
-    images = np.zeros((1, 32, 32, 3), np.uint8)
-    apply = jax.jit(smirk.features)
+    images = np.zeros((2, 224, 224, 3), np.uint8)
     for value, limited in ((5.0, [1, 1, 5, 0.2, 0.2]), (-5.0, [0, 0, 0, -0.2, -0.2]), (0.1, [0.1] * 5)):
         head["bias"] = np.full(55, value, np.float32)
-        (found,) = apply(variables, images)
+        found = apply(variables, images)[1]
         np.testing.assert_allclose(found[:50], value, rtol=1e-6)
         np.testing.assert_allclose(found[50:], limited, rtol=1e-6)
+
+
+def test_features_of_a_photograph_from_end_to_end(reference, checkpoint, apply):
+    """Crops to features, as SMIRK's demonstration and PyTorch's network make them."""
+    network = get_network("smirk")
+    frame = np.ascontiguousarray(data.astronaut()[10:165, 120:341])
+    images, found = network.prepare(np.stack([frame, frame[:, ::-1]]))
+    assert found.all()
+    # The detector merges all boxes above its threshold: SMIRK's threshold makes SMIRK's box.
+    (points,) = alignment.find_landmarks(frame[None], 0.1)
+    (left, top), (right, bottom) = points.min(0), points.max(0)
+    side = int((right - left + bottom - top) / 2 * 1.4)
+    x, y = right - (right - left) / 2.0, bottom - (bottom - top) / 2.0
+    corners = np.array([[x - side / 2, y - side / 2], [x - side / 2, y + side / 2], [x + side / 2, y - side / 2]])
+    similarity = transform.estimate_transform("similarity", corners, np.array([[0, 0], [0, 223], [223, 0]]))
+    image = transform.warp(frame, similarity.inverse, output_shape=(224, 224), preserve_range=True).astype(np.uint8)
+    np.testing.assert_array_equal(images[0], image)
+    features = np.asarray(apply(network.load(checkpoint), images))
+    expected = by_torch(reference, image[None])[:, :55]
+    assert np.abs(features[0] - expected[0]).max() <= 1e-3 * np.abs(expected).max()
+    assert close(features[:1], expected)
 
 
 def test_bfloat16_variables_give_float32_features(checkpoint):
@@ -95,6 +122,7 @@ def test_bfloat16_variables_give_float32_features(checkpoint):
     assert out.dtype == jnp.float32 and out.shape == (5, 361)
 
 
+@pytest.mark.slow
 def test_a_few_images_at_a_time_stay_below_the_threshold_of_fresh_memory(checkpoint):
     """The C library fetches blocks of 32 MiB and more from the system anew in each call; 8 images would need 59 MB."""
     network = get_network("smirk")
