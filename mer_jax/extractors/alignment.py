@@ -30,6 +30,7 @@ STANDARD_FACE = np.array(
 )
 # The same five among the points of the face mesh: corners of either eye, tip of the nose, corners of the mouth.
 FIVE_POINTS = ((33, 133), (362, 263), (1,), (61,), (291,))
+MIN_CONFIDENCE = 0.5  # of the face detector; it merges all boxes above this, so that it moves the points
 DEEP3D_SCALE = 102.0  # pixels of the crop to a unit of the standard face
 # More than this, and five points of a tiny face are no measure; the resized frame would fill the memory, too.
 _MOST_ENLARGED = 16.0
@@ -38,7 +39,12 @@ SQUARE_SCALE = 1.4
 FACEVERSE_SIDES = (0.65, 0.7, 0.65, 0.6)  # left, up, right, down of the centre, in sides of the landmarks' square
 
 
-def find_landmarks(frames: np.ndarray, min_confidence: float = 0.5) -> np.ndarray:
+def describe(min_confidence: float = MIN_CONFIDENCE) -> str:
+    """What :func:`find_landmarks` does, in words for :attr:`mer_jax.extractors.networks.Network.preprocessing`."""
+    return f"MediaPipe face mesh, each frame by itself, faces from confidence {min_confidence:g}"
+
+
+def find_landmarks(frames: np.ndarray, min_confidence: float = MIN_CONFIDENCE) -> np.ndarray:
     """Finds the face mesh in each frame by itself.
 
     Args:
@@ -66,7 +72,9 @@ def find_landmarks(frames: np.ndarray, min_confidence: float = 0.5) -> np.ndarra
     return landmarks
 
 
-def prepare(frames: np.ndarray, *, crop: Crop, size: int, min_confidence: float = 0.5) -> tuple[np.ndarray, np.ndarray]:
+def prepare(
+    frames: np.ndarray, *, crop: Crop, size: int, min_confidence: float = MIN_CONFIDENCE
+) -> tuple[np.ndarray, np.ndarray]:
     """Cuts the face out of each frame of a sample.
 
     Args:

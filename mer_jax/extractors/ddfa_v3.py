@@ -18,15 +18,15 @@ NETWORKS: dict[str, Network] = {
         dim=EXPRESSION.stop - EXPRESSION.start,
         licence="MIT; the face model behind the coefficients has terms of its own",
         preprocessing=(
-            "MediaPipe face mesh, each frame by itself; eye centres, nose tip and mouth corners to Deep3DFaceRecon's "
-            f"standard face by least squares, {alignment.DEEP3D_SCALE:g} pixels a unit; frame resized (bicubic, Pillow)"
-            f", {SIZE} x {SIZE} cut out, black outside; RGB in [0, 1]; coefficients 80 to 143"
+            f"{alignment.describe()}; means of points {alignment.FIVE_POINTS} to Deep3DFaceRecon's standard face by "
+            f"least squares, {alignment.DEEP3D_SCALE:g} pixels a unit; frame resized (bicubic, Pillow), "
+            f"{SIZE} x {SIZE} cut out, black outside; RGB in [0, 1]; coefficients 80 to 143"
         ),
         input_shape=(SIZE, SIZE),
         prepare=functools.partial(
             alignment.prepare, crop=functools.partial(alignment.deep3d_crop, size=SIZE), size=SIZE
         ),
-        load=functools.partial(face_regressor.load, name=NAME, heads=HEADS, entries=("net_recon",)),
+        load=functools.partial(face_regressor.load, name=NAME, heads=HEADS),
         apply=functools.partial(face_regressor.coefficients, columns=EXPRESSION),
     )
 }

@@ -5,7 +5,7 @@ layer for each kind of coefficients, the last of which, translation, in two part
 """
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import flax.linen as nn
@@ -15,7 +15,7 @@ import numpy as np
 
 from mer_jax.errors import UserError
 from mer_jax.extractors import resnet
-from mer_jax.extractors.checkpoints import fill, read_checkpoint, torch_sources
+from mer_jax.extractors.checkpoints import ENTRIES, fill, read_checkpoint, torch_sources
 from mer_jax.extractors.folded_convolution import expected, fold, in_chunks
 from mer_jax.extractors.resnet import RESNET50, Architecture, ResNet
 
@@ -23,6 +23,7 @@ SKIPPED = {r".*\.num_batches_tracked$": "how many batches the normalisation saw"
 # Images at a time on a CPU; of 1, 2, 4 and 8 the fastest.
 _CHUNK = 4
 _HEADS = "final_layers"
+_ENTRY = "net_recon"  # of 3DDFA-V3's file; FaceVerse's is bare
 
 
 class FaceRegressor(nn.Module):
@@ -77,7 +78,6 @@ def load(
     *,
     name: str,
     heads: Mapping[str, int],
-    entries: Sequence[str] = (),
     architecture: Architecture = RESNET50,
 ) -> dict:
     """Reads an official checkpoint.
@@ -86,7 +86,6 @@ def load(
         path: As :func:`mer_jax.extractors.checkpoints.read_checkpoint`.
         name: The network's name, for messages.
         heads: Kind of coefficients to their number, in the checkpoint's order.
-        entries: Names of the entry that holds the weights.
         architecture: The backbone.
 
     Returns:
@@ -95,7 +94,7 @@ def load(
     Raises:
         UserError: The file cannot be read or is of another network.
     """
-    state = read_checkpoint(path, entries)
+    state = read_checkpoint(path, (_ENTRY, *ENTRIES))
     if any(key.startswith("backbone.features.") for key in state):
         raise UserError(
             f"{path}: the regressor on a MobileNetV3; weights of {name} on a ResNet-50 are expected (net_recon.pth)"

@@ -27,7 +27,7 @@ NETWORKS: dict[str, Network] = {
         dim=EXPRESSION.stop - EXPRESSION.start,
         licence="MIT; the face model behind the coefficients has terms of its own",
         preprocessing=(
-            "MediaPipe face mesh, each frame by itself; its box made square about its centre, from there "
+            f"{alignment.describe()}; its box made square about its centre, from there "
             f"{alignment.FACEVERSE_SIDES} sides left, up, right and down, black outside the frame; resized to "
             f"{SIZE} x {SIZE} (bilinear, OpenCV); RGB in [0, 1]; coefficients 156 to 326"
         ),

@@ -159,7 +159,7 @@ def _network(name: str, encoders: tuple[str, ...], dim: int, what: str) -> Netwo
         dim=dim,
         licence="MIT",
         preprocessing=(
-            "MediaPipe face mesh, each frame by itself; square about its box, "
+            f"{alignment.describe(_MIN_CONFIDENCE)}; square about its box, "
             f"{alignment.SQUARE_SCALE} times the mean of its sides; linear to {SIZE} x {SIZE}, black outside; "
             f"RGB in [0, 1]; {what}"
         ),

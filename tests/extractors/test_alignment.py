@@ -204,7 +204,7 @@ def test_features_of_a_photograph_from_end_to_end(tmp_path, name):
     module = {"3ddfa_v3": ddfa_v3, "faceverse_v4": faceverse}[name]
     torch.save({"net_recon": network.state_dict()}, tmp_path / "net.pth")
     variables = face_regressor.load(
-        tmp_path / "net.pth", name=name, heads=module.HEADS, entries=("net_recon",), architecture=Architecture(blocks)
+        tmp_path / "net.pth", name=name, heads=module.HEADS, architecture=Architecture(blocks)
     )
     frame = np.ascontiguousarray(data.astronaut()[10:165, 120:341])
     extractor = get_network(name)
