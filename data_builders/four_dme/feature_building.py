@@ -219,7 +219,10 @@ class _Job:
         found = [load_clip(self._path(clip), fingerprint(clip)) for clip in self.clips]
         left = [index for index, clip in enumerate(found) if clip is None]
         to_extract = [index for index in left if self._views(index)]
-        if read_record(self.folder) is None:
+        before = read_record(self.folder)
+        if before is None:
+            if len(left) < len(self.clips):
+                raise UserError(f"{self.folder}: lacks its record.json; remove this folder to extract all clips again")
             write_record(self.folder, self.record)
         for index in set(left) - set(to_extract):
             self._save(index, {})
@@ -231,7 +234,7 @@ class _Job:
         devices = local_devices()
         made_with = _made_with(devices[0])
         if any(len(clip.imported) < len(clip.features) for clip in found if clip is not None):
-            self._check_same(made_with, len(left))
+            self._check_same(before, made_with, len(left))
         variables = load_variables()
         total = sum(len(self.clips[index].frames) * len(self._views(index)) for index in to_extract)
         with (
@@ -261,24 +264,21 @@ class _Job:
         """The place of each clip's first image, and the place after the last."""
         return np.cumsum([0, *(len(clip.frames) * len(views_of(clip)) for clip in self.clips)])
 
-    def _check_same(self, made_with: Mapping[str, str], num_left: int) -> None:
+    def _check_same(self, before: Record, made_with: Mapping[str, str], num_left: int) -> None:
         """Refuses to go on otherwise than it began, so that no feature depends on the interruption."""
-        record = read_record(self.folder)
-        if record is None:
-            raise UserError(f"{self.folder}: lacks its record.json; remove this folder to extract all clips again")
-        now = {**made_with, "--batch_size": self.batch_size or record.batch_size}
-        before = {**record.made_with, "--batch_size": record.batch_size}
+        old = {**before.made_with, "--batch_size": before.batch_size}
+        new = {**made_with, "--batch_size": self.batch_size or before.batch_size}
         differences = [
-            f"{name} {before.get(name)}, now {now.get(name)}"
-            for name in {**before, **now}
-            if before.get(name) != now.get(name)
+            f"{name} {old.get(name, 'absent')}, now {new.get(name, 'absent')}"
+            for name in {**old, **new}
+            if old.get(name) != new.get(name)
         ]
         if differences:
             raise UserError(
                 f"{self.folder}: begun with {'; '.join(differences)}, and {num_left} of {len(self.clips)} clips are "
                 "left; go on with what it was begun with, or remove this folder to extract all clips again"
             )
-        self.batch_size = record.batch_size
+        self.batch_size = before.batch_size
 
     def _compile(self, variables: Any, image: np.ndarray, devices: "Sequence[jax.Device]"):
         import jax

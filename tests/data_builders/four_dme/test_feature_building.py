@@ -250,6 +250,19 @@ def test_going_on_with_other_software_is_refused(built, extract, tmp_path, monke
         extract(batch_size=2)
 
 
+def test_a_lost_or_damaged_record_is_told(built, extract, tmp_path):
+    extract()
+    (folder,) = folders(tmp_path)
+    (folder / "record.json").write_text("{}")
+    with pytest.raises(UserError, match=r"record\.json: damaged; remove its folder and run the same command again"):
+        extract()
+    (folder / "record.json").unlink()
+    with pytest.raises(UserError, match=r"lacks its record\.json; remove this folder to extract all clips again"):
+        extract()
+    shutil.rmtree(folder)
+    assert extract() == built
+
+
 def test_the_batch_size_is_remembered(built, extract, tmp_path):
     extract(batch_size=3)
     (folder,) = folders(tmp_path)
