@@ -9,6 +9,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import numpy as np
 import torch
+from skimage import data
 
 _operators = []  # kept: they are undeclared with their last reference
 
@@ -59,3 +60,11 @@ def relative_error(ours, theirs: torch.Tensor) -> float:
     ours, theirs = np.asarray(ours, np.float64), theirs.detach().double().numpy()
     assert ours.shape == theirs.shape
     return float(np.abs(ours - theirs).max() / np.abs(theirs).max())
+
+
+def photographs(height: int, width: int) -> np.ndarray:
+    """Three windows (3, height, width, 3) uint8 of a photograph of a face."""
+    photograph = data.astronaut()
+    return np.stack(
+        [photograph[top : top + height, left : left + width] for top, left in ((10, 120), (60, 150), (200, 40))]
+    )

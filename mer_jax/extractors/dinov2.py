@@ -9,6 +9,7 @@ import dataclasses
 import functools
 import math
 import os
+import re
 from collections.abc import Mapping
 
 import numpy as np
@@ -125,11 +126,18 @@ def load(path: str | os.PathLike, *, architecture: Architecture, name: str) -> d
     positions, cls_token, *registers = (np.asarray(part, np.float32)[0] for part in parts.values())
     side = math.isqrt(len(positions) - 1)
     found = dataclasses.replace(architecture, grid=(side, side))
-    state = {key: array for key, array in state.items() if key not in parts}
-    state["prefix"] = np.concatenate([cls_token + positions[:1], *registers])  # (1 + R, D)
-    state["positions"] = positions[1:]
+    joined = {
+        "prefix": np.concatenate([cls_token + positions[:1], *registers]),  # (1 + R, D)
+        "positions": positions[1:],
+    }
     return fill_transformer(
-        found, state, _sources(found, layout), where=path, network=name, normalisation=IMAGENET, skipped=_SKIPPED
+        found,
+        state | joined,
+        _sources(found, layout),
+        where=path,
+        network=name,
+        normalisation=IMAGENET,
+        skipped=_SKIPPED | {f"{re.escape(key)}$": "part of prefix or positions" for key in parts},
     )
 
 

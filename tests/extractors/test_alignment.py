@@ -1,25 +1,21 @@
-"""Alignment against scikit-image, Pillow and OpenCV, and features of the same image to the end."""
+"""Alignment against interpolation by hand, Pillow and OpenCV."""
 
 import functools
 import importlib.util
 from pathlib import Path
 
 import cv2
-import jax
 import numpy as np
 import pytest
-import torch
-from PIL import Image
 from skimage import data
 
 from mer_jax.errors import UserError
-from mer_jax.extractors import alignment, ddfa_v3, face_regressor, faceverse
+from mer_jax.extractors import alignment
 from mer_jax.extractors.networks import get_network
-from mer_jax.extractors.resnet import Architecture
 
-_spec = importlib.util.spec_from_file_location("torch_faces", Path(__file__).parents[1] / "torch_faces.py")
-torch_faces = importlib.util.module_from_spec(_spec)
-_spec.loader.exec_module(torch_faces)
+_spec = importlib.util.spec_from_file_location("face_crops", Path(__file__).parents[1] / "face_crops.py")
+face_crops = importlib.util.module_from_spec(_spec)
+_spec.loader.exec_module(face_crops)
 
 # Windows of the photograph, (top, left, height, width): the face with room around it; cut at the chin, and at the
 # left. Heights and widths differ, none is even everywhere.
@@ -40,57 +36,7 @@ def face(request):
     return frame, points
 
 
-def smirk_reference(frame, points):
-    """The same square interpolated by hand, in double precision, before it is cut to whole numbers."""
-    low, high = points.min(0), points.max(0)
-    side = int(np.mean(high - low) * 1.4)
-    bordered = np.pad(frame.astype(float), ((side, side), (side, side), (0, 0)))  # black, as far as it can reach
-    x, y = ((low + high) / 2 - side / 2 + side)[:, None] + np.linspace(0, side, 224)
-    left, upper = np.floor(x).astype(int), np.floor(y).astype(int)
-    across, down = (x - left)[None, :, None], (y - upper)[:, None, None]
-    above, below = (
-        bordered[row][:, left] * (1 - across) + bordered[row][:, left + 1] * across for row in (upper, upper + 1)
-    )
-    return above * (1 - down) + below * down
-
-
-def deep3d_reference(frame, points):
-    """All ten equations at once, and Pillow's resize and crop."""
-    eyes = (points[33] + points[133]) / 2, (points[362] + points[263]) / 2
-    five = np.array([*eyes, points[1], points[61], points[291]])
-    five[:, 1] = frame.shape[0] - 1 - five[:, 1]
-    equations = np.zeros((5, 2, 8))
-    equations[:, 0, :3] = equations[:, 1, 4:7] = alignment.STANDARD_FACE
-    equations[:, 0, 3] = equations[:, 1, 7] = 1
-    solution, *_ = np.linalg.lstsq(equations.reshape(10, 8), five.reshape(10), rcond=None)
-    ratio = 102 / ((np.sqrt(sum(solution[:3] ** 2)) + np.sqrt(sum(solution[4:7] ** 2))) / 2)
-    height, width = frame.shape[:2]
-    image = Image.fromarray(frame).resize((int(width * ratio), int(height * ratio)), resample=Image.BICUBIC)
-    left = int(image.width / 2 - 112 + (solution[3] - width / 2) * ratio)
-    upper = int(image.height / 2 - 112 + (height / 2 - solution[7]) * ratio)
-    result = np.zeros((224, 224, 3), np.uint8)  # rows and columns of the image that fall into the square
-    rows, columns = np.arange(upper, upper + 224), np.arange(left, left + 224)
-    inside = np.ix_((rows >= 0) & (rows < image.height), (columns >= 0) & (columns < image.width))
-    result[inside] = np.asarray(image)[
-        np.ix_(rows[(rows >= 0) & (rows < image.height)], columns[(columns >= 0) & (columns < image.width)])
-    ]
-    return result
-
-
-def faceverse_reference(frame, points):
-    """On a canvas so large that nothing is cut off."""
-    x0, y0, x1, y1 = (int(value) for value in (*points.min(0), *points.max(0)))
-    half = max(x1 - x0, y1 - y0) // 2
-    x, y, length = (x0 + x1) // 2, (y0 + y1) // 2, 2 * half
-    room = 2 * max(frame.shape)
-    canvas = np.zeros((frame.shape[0] + 2 * room, frame.shape[1] + 2 * room, 3), np.uint8)
-    canvas[room:-room, room:-room] = frame
-    left, right = int(x - length * 0.65), int(x + length * 0.65)
-    upper, lower = int(y - length * 0.7), int(y + length * 0.6)
-    return cv2.resize(canvas[room + upper : room + lower, room + left : room + right], (256, 256))
-
-
-REFERENCES = dict(zip(NAMES, (smirk_reference, deep3d_reference, faceverse_reference), strict=True))
+REFERENCES = dict(zip(NAMES, (face_crops.smirk, face_crops.deep3d, face_crops.faceverse), strict=True))
 CROPS = dict(
     zip(
         NAMES,
@@ -192,27 +138,3 @@ def test_frames_that_are_not_rgb_are_refused(name, shape):
         get_network(name).prepare(np.zeros(shape, np.uint8))
     with pytest.raises(UserError, match=r"type float32: RGB of 8 bits"):
         get_network(name).prepare(np.zeros((1, 64, 64, 3), np.float32))
-
-
-@pytest.mark.parametrize("name", ["3ddfa_v3", "faceverse_v4"])
-def test_features_of_a_photograph_from_end_to_end(tmp_path, name):
-    """Crops to features as the authors' preprocessing and PyTorch's network make them; the backbone is shortened."""
-    blocks = (1, 1, 1, 1)
-    heads = {"3ddfa_v3": torch_faces.DDFA_HEADS, "faceverse_v4": torch_faces.FACEVERSE_HEADS}[name]
-    torch.manual_seed(0)
-    network = torch_faces.randomise(torch_faces.TorchRegressor(heads, blocks))
-    module = {"3ddfa_v3": ddfa_v3, "faceverse_v4": faceverse}[name]
-    torch.save({"net_recon": network.state_dict()}, tmp_path / "net.pth")
-    variables = face_regressor.load(
-        tmp_path / "net.pth", name=name, heads=module.HEADS, architecture=Architecture(blocks)
-    )
-    frame = np.ascontiguousarray(data.astronaut()[10:165, 120:341])
-    extractor = get_network(name)
-    images, found = extractor.prepare(frame[None])
-    ours = functools.partial(face_regressor.coefficients, columns=module.EXPRESSION, architecture=Architecture(blocks))
-    (features,) = np.asarray(jax.jit(ours)(variables, images))
-    (points,) = alignment.find_landmarks(frame[None])
-    image = torch.from_numpy(REFERENCES[name](frame, points)).permute(2, 0, 1)[None].float() / 255
-    with torch.no_grad():
-        (expected,) = network(image).numpy()[:, module.EXPRESSION]
-    assert found.all() and np.abs(features - expected).max() <= 1e-3 * np.abs(expected).max()

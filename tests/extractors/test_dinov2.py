@@ -140,17 +140,17 @@ def test_the_authors_files(models, tmp_path, registers, gated):
     jax.tree.map(np.testing.assert_array_equal, found, load(path, architecture))
 
 
+@pytest.mark.parametrize("processor", [transformers.BitImageProcessor, transformers.BitImageProcessorPil])
 @pytest.mark.parametrize("height, width", [(97, 83), (80, 80), (120, 160)])
-def test_the_same_crops_give_the_official_features(models, rng, height, width):
+def test_the_same_crops_give_the_official_features(models, height, width, processor):
     model, path = models[True, False]
-    frames = (rng.random((3, height // 4 + 1, width // 4 + 1, 3)) * 256).astype(np.uint8)
-    frames = frames.repeat(4, axis=1).repeat(4, axis=2)[:, :height, :width]
-    processor = transformers.BitImageProcessor(
+    frames = torch_reference.photographs(height, width)
+    official = processor(
         size={"shortest_edge": 64}, resample=3, crop_size={"height": 56, "width": 56},
         image_mean=[0.485, 0.456, 0.406], image_std=[0.229, 0.224, 0.225],
     )  # fmt: skip
     with torch.no_grad():
-        theirs = model(processor(list(frames), return_tensors="pt")["pixel_values"]).pooler_output
+        theirs = model(official(list(frames), return_tensors="pt")["pixel_values"]).pooler_output
     network = dinov2.network("tiny", tiny(True, False), (56, 56), shortest_edge=64)
     prepared, found = network.prepare(frames)
     assert prepared.shape == (3, *network.input_shape, 3) and found.all()

@@ -1,8 +1,10 @@
 """3DDFA-V3 and FaceVerse v4 from files in their official format; at full size under ``-m slow``."""
 
+import dataclasses
 import functools
 import importlib.util
 import re
+from collections.abc import Callable
 from pathlib import Path
 
 import jax
@@ -10,19 +12,24 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
+from skimage import data
 
 from mer_jax.errors import UserError
-from mer_jax.extractors import ddfa_v3, face_regressor, faceverse
-from mer_jax.extractors.face_regressor import scaled
+from mer_jax.extractors import alignment, ddfa_v3, face_regressor, faceverse
 from mer_jax.extractors.networks import get_network
 from mer_jax.extractors.resnet import Architecture
 
-_spec = importlib.util.spec_from_file_location("torch_faces", Path(__file__).parents[1] / "torch_faces.py")
-torch_faces = importlib.util.module_from_spec(_spec)
-_spec.loader.exec_module(torch_faces)
+
+def _module(name):
+    spec = importlib.util.spec_from_file_location(name, Path(__file__).parents[1] / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+torch_faces, face_crops = _module("torch_faces"), _module("face_crops")
 
 SHALLOW = Architecture((1, 1, 1, 1))
-SIDE = 48
 KINDS = {
     "3ddfa_v3": (torch_faces.DDFA_HEADS, ddfa_v3),
     "faceverse_v4": (torch_faces.FACEVERSE_HEADS, faceverse),
@@ -49,61 +56,74 @@ def by_torch(network, images):
         return network(torch.from_numpy(images).permute(0, 3, 1, 2).float() / 255).numpy()
 
 
+@dataclasses.dataclass
+class Case:
+    """A regressor of three images, in PyTorch and read back from its file: all coefficients, and the features."""
+
+    name: str
+    network: torch.nn.Module
+    variables: dict
+    coefficients: Callable
+    features: Callable
+    columns: slice
+
+
 @pytest.fixture(scope="module", params=KINDS)
 def case(request, tmp_path_factory):
-    """Name, PyTorch network, the variables read back from its file, and the jitted regressor."""
-    network = reference(request.param)
-    path = save(request.param, network, tmp_path_factory.mktemp("weights") / "net.pth")
-    apply = jax.jit(functools.partial(face_regressor.coefficients, architecture=SHALLOW))
-    return request.param, network, load(request.param, path), apply
+    name, network = request.param, reference(request.param)
+    path = save(name, network, tmp_path_factory.mktemp("weights") / "net.pth")
+    columns = KINDS[name][1].EXPRESSION
+    every = functools.partial(face_regressor.coefficients, architecture=SHALLOW)
+    features = functools.partial(every, columns=columns)
+    return Case(name, network, load(name, path), jax.jit(every), jax.jit(features), columns)
+
+
+def draw(rng, case):
+    return rng.integers(0, 256, (3, *get_network(case.name).input_shape, 3), np.uint8)
 
 
 def test_coefficients_equal_torchs(rng, case):
-    _, network, variables, apply = case
-    images = rng.integers(0, 256, (3, SIDE, SIDE, 3), np.uint8)
-    expected = by_torch(network, images)
-    found = np.asarray(apply(variables, images))
+    images = draw(rng, case)
+    expected = by_torch(case.network, images)
+    found = np.asarray(case.coefficients(case.variables, images))
     assert found.shape == expected.shape and found.dtype == np.float32
     assert np.abs(found - expected).max() <= 1e-4 * np.abs(expected).max()
 
 
+def test_features_are_the_columns_of_the_expression(rng, case):
+    images = draw(rng, case)
+    found, every = case.features(case.variables, images), case.coefficients(case.variables, images)
+    assert found.shape == (3, get_network(case.name).dim)
+    np.testing.assert_allclose(found, every[:, case.columns], atol=1e-5 * np.abs(every).max(), rtol=0)
+
+
 def test_images_do_not_see_each_other(rng, case):
-    _, _, variables, apply = case
-    images = rng.integers(0, 256, (3, SIDE, SIDE, 3), np.uint8)
+    images = draw(rng, case)
     other = np.concatenate([255 - images[:2], images[2:]])
-    found, beside_others = apply(variables, images), apply(variables, other)
+    found, beside_others = case.features(case.variables, images), case.features(case.variables, other)
     np.testing.assert_array_equal(found[2], beside_others[2])
     assert np.abs(found[:2] - beside_others[:2]).max() > 0
 
 
-def test_only_the_columns_asked_for(rng, case):
-    """The features are the expression's columns of all coefficients."""
-    name, _, variables, apply = case
-    columns = KINDS[name][1].EXPRESSION
-    images = rng.integers(0, 256, (3, SIDE, SIDE, 3), np.uint8)
-    some = functools.partial(face_regressor.coefficients, columns=columns, architecture=SHALLOW)
-    found, every = jax.jit(some)(variables, images), apply(variables, images)
-    assert found.shape == (3, get_network(name).dim)
-    np.testing.assert_allclose(found, every[:, columns], atol=1e-5 * np.abs(every).max(), rtol=0)
+def test_features_of_a_photograph_from_end_to_end(case):
+    """Crops to features, as the authors' preprocessing, written anew with Pillow and OpenCV, and PyTorch make them."""
+    frame = np.ascontiguousarray(data.astronaut()[10:165, 120:341])
+    images, found = get_network(case.name).prepare(np.stack([frame] * 3))
+    (points,) = alignment.find_landmarks(frame[None])
+    image = {"3ddfa_v3": face_crops.deep3d, "faceverse_v4": face_crops.faceverse}[case.name](frame, points)
+    expected = by_torch(case.network, image[None])[:, case.columns]
+    assert found.all()
+    assert np.abs(case.features(case.variables, images) - expected).max() <= 1e-3 * np.abs(expected).max()
 
 
-def test_types(case):
+@pytest.mark.parametrize(("weights", "images"), [(jnp.bfloat16, np.uint8), (jnp.float32, np.float32)])
+def test_types(case, weights, images):
     """Variables are float32 NumPy arrays; features are float32, whatever the variables and images are."""
-    name, _, variables, _ = case
-    assert all(type(leaf) is np.ndarray and leaf.dtype == np.float32 for leaf in jax.tree.leaves(variables))
-    side = get_network(name).input_shape[0]
-    some = functools.partial(face_regressor.coefficients, architecture=SHALLOW)
-    for dtype in (np.uint8, np.float32):
-        for weights in (jnp.float32, jnp.bfloat16):
-            tree = jax.tree.map(lambda leaf, weights=weights: jax.ShapeDtypeStruct(leaf.shape, weights), variables)
-            out = jax.eval_shape(some, tree, jax.ShapeDtypeStruct((2, side, side, 3), dtype))
-            assert out.dtype == jnp.float32 and out.shape[0] == 2
-
-
-def test_bytes_are_brought_to_0_1():
-    images = np.array([0, 51, 255], np.uint8)
-    np.testing.assert_allclose(scaled(jnp.asarray(images), jnp.float32), [0, 0.2, 1], rtol=1e-6)
-    np.testing.assert_array_equal(scaled(jnp.float32([0.25]), jnp.float32), [0.25])
+    assert all(type(leaf) is np.ndarray and leaf.dtype == np.float32 for leaf in jax.tree.leaves(case.variables))
+    tree = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, weights), case.variables)
+    function = functools.partial(face_regressor.coefficients, columns=case.columns, architecture=SHALLOW)
+    out = jax.eval_shape(function, tree, jax.ShapeDtypeStruct((2, 64, 64, 3), images))
+    assert out.dtype == jnp.float32 and out.shape == (2, get_network(case.name).dim)
 
 
 def test_layout_of_the_coefficients():

@@ -385,10 +385,9 @@ def test_the_two_kinds_are_told_apart(tmp_path, saved):
 
 
 @pytest.mark.parametrize("height, width", [(97, 83), (48, 48), (30, 41)])
-def test_the_same_crops_give_the_official_features(official, saved, rng, height, width):
+def test_the_same_crops_give_the_official_features(official, saved, height, width):
     """NVlabs' example: numbers in [0, 1], interpolated without averaging."""
-    frames = (rng.random((3, height // 4 + 1, width // 4 + 1, 3)) * 256).astype(np.uint8)
-    frames = frames.repeat(4, axis=1).repeat(4, axis=2)[:, :height, :width]
+    frames = torch_reference.photographs(height, width)
     pixels = torch.nn.functional.interpolate(channels_first(frames).float() / 255, (40, 40), mode="bilinear")
     with torch.no_grad():
         theirs = official(pixels).summary
