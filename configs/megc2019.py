@@ -79,7 +79,8 @@ def get_config(variant: str = "micro_attnet") -> ConfigDict:
     data.phases = ("onset_apex",)
     data.channels = ("strain", "v", "u")  # in the order in which STSTNet's authors read the images
     data.size = 0  # pixels a side to which a model's input is averaged down; 0 keeps what is stored
-    data.normalise = "none"  # 'none' keeps 0 to 255; 'standard', 'scale' (fitted on the training folds) or 'sample'
+    # 'none' keeps 0 to 255; 'standard', 'scale' (both fitted on the training folds), 'sample', 'instance'.
+    data.normalise = "none"
     data.flip = 0.0
     data.shift = 0
 

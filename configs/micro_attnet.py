@@ -60,7 +60,7 @@ def get_config(variant: str = "micro_attnet") -> ConfigDict:
     data.phases = ("onset_apex", "apex_offset")  # section 3.4: both are samples of their clip
     data.channels = ("u", "v", "m")  # the streams; of 'u', 'v', 'm' and 'strain'
     data.size = 56  # flow is averaged down to so many pixels a side; 0 keeps what is stored
-    data.normalise = "scale"  # 'none', 'standard', 'scale' (both fitted on the training folds) or 'sample'
+    data.normalise = "scale"  # 'none', 'standard', 'scale' (both fitted on the training folds), 'sample', 'instance'
     data.flip = 0.0  # probability of a mirror image in training
     data.shift = 0  # greatest shift in training, in pixels
 

@@ -14,7 +14,7 @@ MULTI_LABEL = "multi_label"
 MULTI_CLASS = "multi_class"
 NORMALISATIONS = ("none", "l2", "standard")
 REFERENCES = ("none", "onset")
-FLOW_NORMALISATIONS = ("none", "standard", "scale", "sample")
+FLOW_NORMALISATIONS = ("none", "standard", "scale", "sample", "instance")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -288,7 +288,8 @@ def prepare_flow(
         normalise: ``'none'``; ``'standard'``: zero mean and unit variance of every channel over the training folds;
             ``'scale'``: unit root mean square of every channel over the training folds, so that no motion stays 0;
             ``'sample'``: every sample to a unit root mean square of all its channels together, which says nothing of
-            its strength and needs no fitting.
+            its strength and needs no fitting; ``'instance'``: every channel of every sample to zero mean and unit
+            variance, for images that were stretched one by one, whose grey of no motion differs from one to the next.
         maps: Maps fitted before, which are used as they are.
 
     Returns:
@@ -299,7 +300,11 @@ def prepare_flow(
     if normalise == "sample":
         power = np.sqrt(np.mean(flow.astype(np.float64) ** 2, axis=(1, 2, 3), keepdims=True))
         flow = (flow / np.maximum(power, 1e-6)).astype(np.float32)
-    if normalise in ("none", "sample"):
+    if normalise == "instance":
+        mean = flow.mean(axis=(1, 2), keepdims=True, dtype=np.float64)
+        deviation = np.sqrt(np.mean((flow - mean) ** 2, axis=(1, 2), keepdims=True))
+        flow = ((flow - mean) / np.maximum(deviation, 1e-6)).astype(np.float32)
+    if normalise in ("none", "sample", "instance"):
         return flow, {"flow": None}
     if maps and maps.get("flow"):
         return flow, {"flow": maps["flow"]}

@@ -7,7 +7,7 @@ import pytest
 from sklearn.decomposition import PCA
 from sklearn.preprocessing import StandardScaler
 
-from mer_jax.study.data import StudyData, fit_feature_map, fixed_steps, prepare_features
+from mer_jax.study.data import StudyData, fit_feature_map, fixed_steps, prepare_features, prepare_flow
 
 STEP = {"reference": "none", "normalise": "standard", "reduce": 0}
 
@@ -114,3 +114,58 @@ def test_onset_reference_starts_at_zero(data):
 def test_reduction_keeps_at_most_what_the_frames_span(data):
     feature_map = fit_feature_map(data.features["x"], data.frame_mask, [0], standardise=True, reduce=50)
     assert feature_map.projection.shape == (7, 4)  # five frames span four dimensions around their mean
+
+
+# --- flow ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def flow_data(data, rng):
+    shape = (len(data.sample_clip), 6, 5, 3)
+    flow = (rng.normal(size=shape) * (1, 2, 5) + (0.5, -1, 3)).astype(np.float32)
+    return dataclasses.replace(data, features={"flow": flow}, frame_mask=None)
+
+
+@pytest.mark.parametrize("normalise", ["standard", "scale"])
+def test_constants_of_flow_are_of_the_training_folds_alone(flow_data, normalise):
+    kept, fitted = prepare_flow(flow_data, FOLDS, 3, normalise)
+    np.testing.assert_array_equal(kept, flow_data.features["flow"])  # the device applies the constants
+    for fold in range(3):
+        train = ((FOLDS >= 0) & (fold != FOLDS))[flow_data.sample_clip]
+        values = fitted["flow"][fold](kept[train])
+        if normalise == "standard":
+            np.testing.assert_allclose(values.mean(axis=(0, 1, 2)), 0, atol=1e-5)
+        np.testing.assert_allclose((values**2).mean(axis=(0, 1, 2)), 1, rtol=1e-5)
+        assert normalise == "standard" or not fitted["flow"][fold].mean.any()  # no motion stays 0
+
+
+@pytest.mark.parametrize("normalise", ["standard", "scale"])
+def test_held_out_flow_changes_no_constant(flow_data, normalise):
+    _, before = prepare_flow(flow_data, FOLDS, 3, normalise)
+    flow = flow_data.features["flow"].copy()
+    flow[((FOLDS == 1) | (FOLDS == -1))[flow_data.sample_clip]] *= 100
+    _, after = prepare_flow(dataclasses.replace(flow_data, features={"flow": flow}), FOLDS, 3, normalise)
+    np.testing.assert_array_equal(after["flow"][1].scale, before["flow"][1].scale)
+    np.testing.assert_array_equal(after["flow"][1].mean, before["flow"][1].mean)
+    assert (after["flow"][0].scale != before["flow"][0].scale).all()
+
+
+def test_a_sample_by_itself_keeps_the_proportions_of_its_channels(flow_data):
+    flow, fitted = prepare_flow(flow_data, FOLDS, 3, "sample")
+    assert fitted == {"flow": None}
+    np.testing.assert_allclose((flow**2).mean(axis=(1, 2, 3)), 1, rtol=1e-5)
+    ratio = flow / flow_data.features["flow"]
+    np.testing.assert_allclose(ratio, np.broadcast_to(ratio[:, :1, :1, :1], ratio.shape), rtol=1e-4)
+
+
+def test_stretching_an_image_changes_no_instance(flow_data, rng):
+    """Undoes what was done to every channel of every image by itself; a constant image becomes 0."""
+    flow = flow_data.features["flow"]
+    flow[0] = 7.0
+    gain, offset = rng.uniform(0.5, 2, (len(flow), 1, 1, 3)), rng.normal(size=(len(flow), 1, 1, 3))
+    stretched = dataclasses.replace(flow_data, features={"flow": (flow * gain + offset).astype(np.float32)})
+    found, _ = prepare_flow(flow_data, FOLDS, 3, "instance")
+    again, _ = prepare_flow(stretched, FOLDS, 3, "instance")
+    np.testing.assert_allclose(again[1:], found[1:], atol=1e-4)
+    np.testing.assert_allclose(found[1:].std(axis=(1, 2)), 1, rtol=1e-5)
+    assert not found[0].any()
