@@ -452,8 +452,9 @@ def _read_legacy(stream: BinaryIO) -> Any:
         if key not in storages:
             raise _Damaged("a storage that no tensor uses")
         found = storages[key]
-        count = int.from_bytes(stream.read(8), "little")
-        if count != found.count or count * found.dtype.itemsize > size - stream.tell():
+        announced = stream.read(8)
+        count = int.from_bytes(announced, "little")
+        if len(announced) < 8 or count != found.count or count * found.dtype.itemsize > size - stream.tell():
             raise _Damaged("a storage is shorter than announced")
         found.data = _read_bytes(stream, count * found.dtype.itemsize)
     return _resolve(structure)
