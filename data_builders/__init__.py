@@ -7,13 +7,14 @@ from typing import Any
 from mer_jax.errors import UserError
 
 
-def ensure_dataset(data: Mapping, extractors: Sequence[str]) -> Path:
+def ensure_dataset(data: Mapping, extractors: Sequence[str] | None) -> Path:
     """Builds the data set that a config asks for, or finds it built.
 
     Args:
         data: ``config.data``: ``dataset`` (such as ``'four_dme/demo'``), ``data_dir``, ``workers``, and what the
             builder of that data set takes, where it must still be built.
-        extractors: Extractors whose features the study needs; none for a study of flow.
+        extractors: Extractors whose features the study needs; none for a study of flow. None: those that the data set
+            holds, or, where it must still be built, the embedded ones.
 
     Returns:
         Folder of the built version.
@@ -32,6 +33,41 @@ def ensure_dataset(data: Mapping, extractors: Sequence[str]) -> Path:
     return builders[family](name, data, extractors)
 
 
+def held_features(data: Mapping) -> dict[str, str] | None:
+    """The features that a data set of features holds.
+
+    Args:
+        data: ``config.data``, of which ``dataset`` and ``data_dir`` are read.
+
+    Returns:
+        Name of each to ``'appearance'``, ``'geometry'`` or, where neither the data set nor its name tells, ``''``;
+        None while the data set is not built.
+
+    Raises:
+        UserError: There is no such data set, or what is there is none.
+    """
+    family, _, name = data["dataset"].partition("/")
+    if family != "four_dme":
+        raise UserError(f"config.data.dataset={data['dataset']!r}: a study of features needs 'four_dme/...'")
+    from data_builders import four_dme
+    from data_builders.tfds_files import read_metadata
+    from mer_jax.extractors.base import EXTRACTORS, get_extractor
+    from mer_jax.extractors.networks import NETWORKS, get_network
+
+    _known(family, name, four_dme.CONFIGS)
+    told = read_metadata(four_dme.version_dir(name, data["data_dir"]), ("extractors",))
+    if told is None:
+        return None
+    modalities = {}
+    for extractor, facts in told["extractors"].items():
+        modality = facts["modality"]
+        if modality not in ("appearance", "geometry"):  # features from elsewhere, perhaps of a network that we know
+            get = get_extractor if extractor in EXTRACTORS else get_network if extractor in NETWORKS else None
+            modality = get(extractor).modality if get else ""
+        modalities[extractor] = modality
+    return modalities
+
+
 def _known(family: str, name: str, configs: Sequence[str]) -> None:
     if name not in configs:
         known = ", ".join(f"{family}/{config}" for config in configs)
@@ -43,7 +79,7 @@ def _told(data: Mapping, *fields: str) -> dict:
     return {field: data[field] or None for field in fields}
 
 
-def _four_dme_flow(name: str, data: Mapping, extractors: Sequence[str]) -> Path:
+def _four_dme_flow(name: str, data: Mapping, extractors: Sequence[str] | None) -> Path:
     del extractors
     from data_builders import four_dme_flow
     from mer_jax.clips.apex import ApexConfig
@@ -62,7 +98,7 @@ def _four_dme_flow(name: str, data: Mapping, extractors: Sequence[str]) -> Path:
     )
 
 
-def _megc2019(name: str, data: Mapping, extractors: Sequence[str]) -> Path:
+def _megc2019(name: str, data: Mapping, extractors: Sequence[str] | None) -> Path:
     del extractors
     from data_builders import megc2019
 
@@ -116,16 +152,19 @@ def raw_options(data: Mapping) -> dict[str, Any]:
     }
 
 
-def _four_dme(name: str, data: Mapping, extractors: Sequence[str]) -> Path:
+def _four_dme(name: str, data: Mapping, extractors: Sequence[str] | None) -> Path:
     from data_builders import four_dme
-    from mer_jax.extractors.base import EXTRACTORS
+    from mer_jax.extractors.base import EMBEDDED, EXTRACTORS
     from mer_jax.extractors.networks import NETWORKS
 
     _known("four_dme", name, four_dme.CONFIGS)
     features = dict(_pair("features", text) for text in data["features"])
     known = {*EXTRACTORS, *NETWORKS}
+    built = four_dme.version_dir(name, data["data_dir"]).exists()
+    if extractors is None:
+        extractors = () if built else EMBEDDED
     unknown = [name for name in extractors if name not in known and name not in features]
-    if unknown and not four_dme.version_dir(name, data["data_dir"]).exists():
+    if unknown and not built:
         raise UserError(
             f"config.data.modalities: nothing gives features {unknown[0]!r}; choose an extractor of "
             f"{', '.join(EXTRACTORS)} or scripts/extract_features.py, or name the folder of these features in "

@@ -1,6 +1,6 @@
 """Evaluates runs from their predictions alone; nothing is trained.
 
-python scripts/evaluate.py report runs/A             scores again: summary.json, report.html
+python scripts/evaluate.py report runs/A             scores again: summary.json, report.html; also of a grid
 python scripts/evaluate.py compare runs/A runs/B     A against B on the same folds and seeds
 """
 
@@ -36,7 +36,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
     report = commands.add_parser("report", parents=[settings], help="score a run again")
-    report.add_argument("workdir", help="run folder, as scripts/train.py wrote it")
+    report.add_argument("workdir", help="folder of a run or a grid, as scripts/train.py wrote it")
     compare = commands.add_parser("compare", parents=[settings], help="compare two runs")
     compare.add_argument("workdir_a", help="run A")
     compare.add_argument("workdir_b", help="run B")
@@ -48,6 +48,16 @@ def main() -> None:
 
 
 def _report(workdir: str, overrides: dict) -> None:
+    from mer_jax.study.grid_rows import is_grid
+
+    if is_grid(workdir):
+        from mer_jax.report.grid_html import write_grid_report
+        from mer_jax.report.grid_tables import terminal_tables
+        from mer_jax.study.grid_summary import write_grid_summary
+
+        print(terminal_tables(write_grid_summary(workdir, overrides)))
+        print(f"report: {write_grid_report(workdir)}")
+        return
     from mer_jax.report.html import write_report
     from mer_jax.report.tables import terminal_table
     from mer_jax.study.summary import write_summary

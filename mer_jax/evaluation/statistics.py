@@ -629,6 +629,70 @@ def paired_clip_comparison(
     )
 
 
+class AllPairs(NamedTuple):
+    """R studies compared with each other on new clips, all pairs at once: row a minus column b.
+
+    Attributes:
+        difference: ``(R, R)``.
+        half_width: ``(R, R)`` of the simultaneous intervals: with the wanted confidence *all* of
+            ``difference +- half_width`` hold the truth together.
+        p_value: ``(R, R)`` adjusted for all pairs.
+        probability_best: ``(R,)`` share of the (centred) replicates in which a study is ahead of all others, ties
+            shared. It describes the replicates and is no test.
+    """
+
+    difference: np.ndarray
+    half_width: np.ndarray
+    p_value: np.ndarray
+    probability_best: np.ndarray
+
+
+def all_pairs(scores: np.ndarray, replicates: np.ndarray, confidence: float = 0.95) -> AllPairs:
+    """Compares many studies pair by pair so that any pair may be picked afterwards, the best study's among them.
+
+    To compare every study with the best *of the same data* is to pick the most extreme pairs; a single pair's
+    interval and p-value are then too optimistic, the more so the more studies there are. Here the largest
+    studentised deviation over all pairs sets one critical value for all of them: Tukey's method, with the
+    distribution of the maximum from the replicates instead of the studentised range (Westfall and Young,
+    "Resampling-Based Multiple Testing", 1993, single-step max T; Romano and Wolf, "Exact and approximate stepdown
+    methods for multiple hypothesis testing", JASA 2005). It controls the chance of any false claim over all pairs,
+    whichever are looked at. Replicates must be paired (the same clips and seeds drawn for all studies); they are
+    centred as in :func:`centred_interval`.
+
+    Args:
+        scores: ``(R,)`` each study's mean score.
+        replicates: ``(R, B)`` replicates of them, of :func:`hierarchical_replicates` on the same draws.
+        confidence: In (0, 1).
+
+    Returns:
+        The comparisons; studies that never differ have difference 0, half width 0 and p-value 1.
+    """
+    scores = np.asarray(scores, np.float64)
+    deviation = replicates - replicates.mean(axis=1, keepdims=True)  # (R, B)
+    num_studies, num_replicates = deviation.shape
+    sd = np.zeros((num_studies, num_studies))
+    largest = np.zeros(num_replicates)
+    for row in range(num_studies):  # a row at a time: (R, R, B) would not fit where there are many studies
+        difference = deviation[row] - deviation  # (R, B)
+        sd[row] = difference.std(axis=1)
+        sd[row, sd[row] < 1e-12] = 0.0
+        differing = sd[row] > 0
+        if differing.any():
+            largest = np.maximum(largest, np.abs(difference[differing] / sd[row, differing, None]).max(axis=0))
+    difference = scores[:, None] - scores
+    statistic = np.where(difference == 0, 0.0, np.inf)
+    np.divide(np.abs(difference), sd, out=statistic, where=sd > 0)
+    at_least = num_replicates - np.searchsorted(np.sort(largest), statistic - 1e-12)  # (R, R)
+    centred = scores[:, None] + deviation
+    first = centred >= centred.max(axis=0) - 1e-12  # (R, B)
+    return AllPairs(
+        difference=difference,
+        half_width=np.quantile(largest, confidence) * sd,
+        p_value=np.where(statistic == 0, 1.0, (at_least + 1) / (num_replicates + 1)),
+        probability_best=(first / first.sum(axis=0)).mean(axis=1),
+    )
+
+
 def seed_matrix(truth: np.ndarray, decisions: np.ndarray, mask: np.ndarray, fold: np.ndarray) -> np.ndarray:
     """Binary macro-F1 of every member: ``(F, S)``, folds rising, from decisions ``(S, N, C)``."""
     return np.stack(

@@ -701,6 +701,42 @@ def gate_strips(
     return drawing.svg()
 
 
+def score_forest(
+    rows: Sequence[tuple[str, float, tuple[float, float], np.ndarray]], *, axis: str, chance: float
+) -> str:
+    """Scores with their intervals, one row below the other.
+
+    Args:
+        rows: (name, mean, interval ``(low, high)``, scores of single seeds ``(S,)``).
+        axis: What the axis shows.
+        chance: Drawn as a line.
+
+    Returns:
+        The figure as an ``<svg>`` element.
+    """
+    lane, top = 28, 34
+    left = min(380, 30 + 7.2 * max(len(name) for name, *_ in rows))
+    label = f"{axis} of each row: " + "; ".join(f"{name} {format_number(mean)}" for name, mean, *_ in rows)
+    drawing = _Drawing(WIDTH, top + lane * len(rows) + 48, label)
+    limits = _limits(
+        *(values for *_, values in rows), *(interval for _, _, interval, _ in rows), [chance], bounds=(0, 1)
+    )
+    axes = _Axes(drawing, left, top, WIDTH - left - 20, lane * len(rows), limits, (0, 1))
+    axes.x_axis(axis)
+    middle = float(axes.x(chance))
+    drawing.line(middle, top, middle, axes.bottom, "reference")
+    drawing.text(middle, top - 10, "chance", anchor="middle")
+    for index, (name, mean, (low, high), values) in enumerate(rows):
+        y = top + lane * (index + 0.5)
+        drawing.text(left - 12, y + 4, name, "label", "end")
+        for value in values:
+            drawing.dot(float(axes.x(value)), y, "ring blue", 3.0)
+        drawing.line(float(axes.x(low)), y, float(axes.x(high)), y, "whisker")
+        words = f"{name}: {format_number(mean)} [{format_number(low)}, {format_number(high)}]"
+        drawing.diamond(float(axes.x(mean)), y, "dot blue", tip=words)
+    return drawing.svg()
+
+
 def share_bar(parts: Sequence[tuple[str, str, float, str]], label: str) -> str:
     """One bar split into shares, each named beneath it.
 

@@ -75,7 +75,7 @@ def compare_held_out(a: HeldOut, b: HeldOut, names: tuple[str, str] = ("A", "B")
     Raises:
         UserError: Tasks, clips, folds or labels differ, or there is no common seed.
     """
-    a, b = _align(a, b, names)
+    a, b = align(a, b, names)
     seeds = np.intersect1d(a.seeds, b.seeds)
     if not len(seeds):
         raise UserError(
@@ -148,8 +148,20 @@ def _some(values) -> str:
     return ", ".join(values[:_MAX_NAMED]) + (f" and {len(values) - _MAX_NAMED} more" if values[_MAX_NAMED:] else "")
 
 
-def _align(a: HeldOut, b: HeldOut, names: tuple[str, str]) -> tuple[HeldOut, HeldOut]:
-    """Puts B's clips into the order of A's, and makes sure that they are the same clips, labels and folds."""
+def align(a: HeldOut, b: HeldOut, names: tuple[str, str]) -> tuple[HeldOut, HeldOut]:
+    """Puts B's clips into the order of A's, and makes sure that they are the same clips, labels and folds.
+
+    Args:
+        a: Study A.
+        b: Study B.
+        names: What to call them in messages.
+
+    Returns:
+        A, and B in A's order.
+
+    Raises:
+        UserError: Tasks, clips, folds, labels, subjects or databases differ.
+    """
     for what in ("multi_class", "labels"):
         if getattr(a, what) != getattr(b, what):
             raise UserError(

@@ -278,7 +278,7 @@ def summarise(results: StudyResults, evaluation: Mapping[str, Any] | None = None
         "ensemble": scorer.values(held.decide(mean, held.cut)) | {"members": members},
         "auroc": _rank_figures(held, metrics.auroc),
         "average_precision": _rank_figures(held, metrics.average_precision),
-        "chance": _chance(held),
+        "chance": chance_figures(held),
         "baselines": _baselines(held),
         "variance": _variance(held),
         "seeds_needed": _seeds_needed(honest["macro_f1"]["pooled"]["sd"], evaluation["confidence"]),
@@ -377,7 +377,8 @@ def _rank_figures(held: HeldOut, metric: Callable[..., np.ndarray]) -> dict[str,
     }
 
 
-def _chance(held: HeldOut) -> dict[str, Any]:
+def chance_figures(held: HeldOut) -> dict[str, Any]:
+    """What the decisions would score if they had nothing to do with the labels: ``chance`` of a summary."""
     permutations = held.evaluation["bootstrap"]
     # The few clips of one subject are too alike to trade labels, and multi-class scores are those of databases.
     across_folds = held.multi_class or held.single_subject_folds

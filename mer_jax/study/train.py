@@ -12,7 +12,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import jax
@@ -75,36 +75,79 @@ def train(config: ConfigDict, workdir: str | os.PathLike, overrides: Mapping | N
         UserError: Bad config or data; the message names the field, clip or file.
     """
     workdir = Path(workdir)
-    validate(config)
-    _validate_data(config)
+    if "cross" in config:
+        from mer_jax.study.grid import train_grid
+
+        return train_grid(config, workdir, overrides or {})
+    demo = config.data.dataset.endswith("/demo")
+    status = train_study(config, workdir, overrides or {}, functools.partial(_report, demo=demo))
+    return 0 if (workdir / FILENAME).is_file() else status
+
+
+def train_study(
+    config: ConfigDict,
+    workdir: Path,
+    overrides: Mapping,
+    report: Callable[[Path], None],
+    data: StudyData | None = None,
+    maps: Mapping[str, list[FeatureMap]] | None = None,
+) -> int:
+    """Trains one study, or goes on with it.
+
+    Args:
+        config: The config.
+        workdir: Folder of the run.
+        overrides: Fields given on the command line, for the record.
+        report: Called with the folder of the finished study, which is still locked.
+        data: The data set where it is in memory; None to build or find it.
+        maps: Modality to maps that another study fitted on the same training folds, for a run that has none yet.
+
+    Returns:
+        0, or 128 + the number of a signal that came; the study may be finished nonetheless.
+
+    Raises:
+        UserError: Bad config or data; the message names the field, clip or file.
+    """
+    validate_study(config)
     jax.config.update("jax_default_matmul_precision", "highest")
     if config.study.compile_cache:
         jax.config.update("jax_compilation_cache_dir", config.study.compile_cache)
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     check_workdir(config, workdir)
-    with exclusive(workdir, functools.partial(_refuse_busy, workdir)):
+    status = 0
+    with exclusive(workdir, functools.partial(refuse_busy, workdir)):
         for stale in workdir.glob(f".*{TEMPORARY_SUFFIX}"):  # left by a kill
             stale.unlink()
         if not (workdir / FILENAME).is_file():
             devices = select_devices(config.platform)
-            data = load_data(config)
+            data = data or load_data(config)
             # Before any training: thresholds that do not suit the labels would be refused only after it.
             resolve_evaluation(config.evaluation.to_dict(), data.label_names, data.task == MULTI_CLASS)
             if (workdir / "config.json").is_file():
                 check_data(workdir, data)
-            plan = make_plan(config, data, _load_maps(workdir))
-            learner = build_learner(config.model, input_channels(config), len(data.label_names), devices[0].platform)
+            plan = make_plan(config, data, {**(maps or {}), **_load_maps(workdir)})
+            model = json.dumps(config.model.to_dict())
+            learner = _learner(model, input_channels(config), len(data.label_names), devices[0].platform)
             # Only now: a first run that its input stopped binds the folder to nothing.
-            start_workdir(config, workdir, overrides or {})
+            start_workdir(config, workdir, overrides)
             check_data(workdir, data)
             status = _train_members(config, workdir, plan, learner, devices)
-            if status:
-                return status
-        _report(workdir, demo=config.data.dataset.endswith("/demo"))
-    return 0
+        if not status or (workdir / FILENAME).is_file():
+            report(workdir)
+    return status
 
 
-def _refuse_busy(workdir: Path) -> None:
+# Studies of one process that differ in their data alone, such as rows of a grid, share what is traced and compiled.
+@functools.lru_cache(maxsize=8)
+def _learner(model: str, channels: tuple[str, ...], num_classes: int, platform: str) -> Learner:
+    return build_learner(json.loads(model), channels, num_classes, platform)
+
+
+_programs = functools.lru_cache(maxsize=8)(engine.make_programs)
+
+
+def refuse_busy(workdir: Path) -> None:
+    """Refuses a folder in which another process is training."""
     raise UserError(f"{workdir}: another process is training there; wait for it, or choose another --workdir")
 
 
@@ -118,7 +161,13 @@ def input_channels(config: ConfigDict) -> tuple[str, ...]:
     return tuple(config.data.channels if uses_flow(config) else config.data.modalities)
 
 
-def _validate_data(config: ConfigDict) -> None:
+def validate_study(config: ConfigDict) -> None:
+    """Checks the values of a study's fields.
+
+    Raises:
+        UserError: Naming the field, its value and what it can be.
+    """
+    validate(config)
     if uses_flow(config):
         _validate_flow(config)
         return
@@ -157,7 +206,8 @@ def _validate_flow(config: ConfigDict) -> None:
         raise UserError(f"config.data.shift={data.shift}: must be at least 0")
 
 
-def _say(text: str) -> None:
+def say(text: str) -> None:
+    """Tells the user a line of progress."""
     with contextlib.suppress(OSError):  # a log file on a full disk must not end the training
         print(text, file=sys.stderr, flush=True)
 
@@ -169,7 +219,7 @@ def load_data(config: ConfigDict) -> StudyData:
     if uses_flow(config):
         from mer_jax.study.flow_data import load_flow_dataset
 
-        return _shuffled(
+        return shuffle_labels(
             config,
             load_flow_dataset(
                 ensure_dataset(config.data, ()),
@@ -180,12 +230,13 @@ def load_data(config: ConfigDict) -> StudyData:
         )
     extractors = {name: step["extractor"] for name, step in config.data.modalities.items()}
     version_dir = ensure_dataset(config.data, tuple(extractors.values()))
-    return _shuffled(
+    return shuffle_labels(
         config, load_dataset(version_dir, extractors, num_frames=config.data.num_frames, short=config.data.short)
     )
 
 
-def _shuffled(config: ConfigDict, data: StudyData) -> StudyData:
+def shuffle_labels(config: ConfigDict, data: StudyData) -> StudyData:
+    """Deals the label vectors of training clips out at random where ``config.data.shuffle_labels`` asks for it."""
     if config.data.shuffle_labels:
         labels = data.clip_labels.copy()
         train = np.flatnonzero(data.training)
@@ -398,22 +449,22 @@ def _train_members(
         devices = list(devices) * available_processors()  # a thread a core, each with a member of its own
     devices = devices[: len(blocks)]
     folds = len({member.fold for member in plan.members})
-    _say(
+    say(
         f"{config.name}: {len(plan.members)} members ({folds} folds x {len(plan.members) // folds}), {size} "
         f"{'in turn' if one_by_one else 'together'} in one program, on {len(set(devices))} {devices[0].platform} "
         f"device{'s' if len(set(devices)) > 1 else ''}"
     )
-    programs = engine.make_programs(learner, plan.recipe, plan.num_steps, plan.last_batch, one_by_one)
+    programs = _programs(learner, plan.recipe, plan.num_steps, plan.last_batch, one_by_one)
     stop = threading.Event()
     with progress(total=len(plan.members) * plan.recipe.epochs, desc="training", unit="member-epochs") as bar:
         runner = _BlockRunner(config, workdir, plan, programs, size, stop, bar)
         signum = _run_on_devices(runner, blocks, devices, stop)
     if signum and not all(block_path(workdir, number).is_file() for number in range(len(blocks))):
         name = signal.Signals(signum).name
-        _say(f"stopped by {name}; checkpoints are in {workdir / 'checkpoints'}; run the same command again to go on")
+        say(f"stopped by {name}; checkpoints are in {workdir / 'checkpoints'}; run the same command again to go on")
         return 128 + signum
     _assemble(workdir, plan, blocks, learner)
-    return 0
+    return 128 + signum if signum else 0
 
 
 def _run_on_devices(runner, blocks, devices, stop: threading.Event) -> int:
@@ -456,7 +507,7 @@ def _run_on_devices(runner, blocks, devices, stop: threading.Event) -> int:
             if received:
                 deadline = deadline or time.monotonic() + _GRACE_SECONDS
                 if time.monotonic() > deadline:
-                    _say(
+                    say(
                         f"stopped by {signal.Signals(received[0]).name} in the middle of a long call; the last "
                         "checkpoints are kept; run the same command again to go on"
                     )
@@ -551,7 +602,7 @@ class _BlockRunner:
         for row, step in zip(rows, diverged_at, strict=True):
             if step >= 0:
                 name = self._plan.members[row].id
-                _say(f"warning: member {name} diverged at step {step} and was frozen; the others go on")
+                say(f"warning: member {name} diverged at step {step} and was frozen; the others go on")
         variables = jax.tree.map(lambda x: np.asarray(x)[: len(rows)], state.best_variables)
         save_tree(self._workdir / "params" / f"block_{number:04d}", variables)
         atomic_savez(
@@ -604,7 +655,7 @@ def _kept_going():
     try:
         yield
     except UserError as error:
-        _say(f"warning: {error}; training goes on and tries again")
+        say(f"warning: {error}; training goes on and tries again")
 
 
 def block_path(workdir: Path, number: int) -> Path:
