@@ -107,8 +107,8 @@ class _Page:
         answer = (
             f"<b>{escape(row_label(best))}</b> has the highest macro-F1, "
             f"<b>{format_number(score['mean'])}</b> ({self.level} CI "
-            f'<span class="interval">{format_interval(score["clip_ci"])}</span>, by itself); these clips and seeds tell '
-            f"{len(behind)} of the {len(self.ranked) - 1} other rows from it. In "
+            f'<span class="interval">{format_interval(score["clip_ci"])}</span>, by itself); these clips and seeds '
+            f"tell {len(behind)} of the {len(self.ranked) - 1} other rows from it. In "
             f"{100 * best['probability_best']['pooled']:.0f} % of the replicates it is the best."
         )
         facts = {
@@ -160,13 +160,13 @@ class _Page:
             for name, text in self.summary["definitions"].items()
         )
         return (
-            "<p>Each row is a study of its own on the same folds and seeds; its name leads to its report. Thresholds are "
-            "honest: nothing is chosen on the clips that are scored.</p>"
+            "<p>Each row is a study of its own on the same folds and seeds; its name leads to its report. Thresholds "
+            "are honest: nothing is chosen on the clips that are scored.</p>"
             + _table(columns, lines)
             + _figure(
                 forest,
-                f"Diamond and line: mean over seeds and {self.level} interval of the row by itself. Rings: single seeds. "
-                "Whether two rows differ cannot be read from their intervals, as they share clips and seeds; see below.",
+                f"Diamond and line: mean over seeds and {self.level} interval of the row by itself. Rings: single "
+                "seeds. Rows share clips and seeds, so whether two of them differ cannot be read from these intervals.",
             )
             + "<details><summary>What each figure means, by its name in summary.json</summary>"
             f'<dl class="terms">{terms}</dl></details>'
@@ -194,8 +194,8 @@ class _Page:
             ]
             parts.append(_table(columns, lines))
         return (
-            "<p>Row minus best row, on the same resampled clips and seeds. P(best): share of replicates in which the row "
-            "is ahead of all others.</p>" + "".join(parts) + notes
+            "<p>Row minus best row, on the same resampled clips and seeds. P(best): share of replicates in which the "
+            "row is ahead of all others.</p>" + "".join(parts) + notes
         )
 
     def fusions(self) -> str:

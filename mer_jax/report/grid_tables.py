@@ -43,7 +43,7 @@ def cross_table(summary: Mapping, average: str = "pooled") -> list[list[str]]:
         average: ``'pooled'`` or ``'fold_mean'``.
 
     Returns:
-        Lines of cells, the first line and the first cell of each being headings; ``-`` where there is no row.
+        Lines of cells, the first line and the first cell of each being headings; an en dash where there is no row.
     """
     main = summary["fusions"][0] if summary["fusions"] else ""
     cells = {
@@ -70,7 +70,7 @@ def _names(summary: Mapping, modality: str) -> list[str]:
 
 
 def score_table(summary: Mapping) -> list[tuple[Mapping, list[str]]]:
-    """Every row of the grid, best first, and its cells: name, pooled score and interval, fold mean, interval, chance."""
+    """Every row of the grid, best first, and its cells: name, pooled and fold mean with their intervals, chance."""
     lines = []
     for row in ranked(summary):
         cells = [row_label(row)]

@@ -1,7 +1,8 @@
 """A grid of studies on the same folds and seeds: every pair of features, every single one, every way to fuse them.
 
-Each row is an ordinary study in a folder of its own, ``<workdir>/<row>/``, bound to its own config and data; the grid adds
-the list of its rows (``grid.json``) and what can be said of all of them together (:mod:`mer_jax.study.grid_summary`).
+Each row is an ordinary study in a folder of its own, ``<workdir>/<row>/``, bound to its own config and data; the grid
+adds the list of its rows (``grid.json``) and what can be said of all of them together
+(:mod:`mer_jax.study.grid_summary`).
 """
 
 import dataclasses
@@ -160,8 +161,8 @@ def _refuse_unknown(config: ConfigDict, told: Mapping[str, Sequence[str]], held:
             if name not in {*EXTRACTORS, *NETWORKS, *held, *elsewhere}:
                 raise UserError(
                     f"config.cross.{modality}: nothing gives features {name!r}; choose from "
-                    f"{', '.join(sorted({*EXTRACTORS, *held, *elsewhere}))} or scripts/extract_features.py, or name the "
-                    "folder of these features in config.data.features"
+                    f"{', '.join(sorted({*EXTRACTORS, *held, *elsewhere}))} or scripts/extract_features.py, or name "
+                    "the folder of these features in config.data.features"
                 )
 
 

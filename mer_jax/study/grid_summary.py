@@ -40,7 +40,7 @@ DEFINITIONS = {
     "fold_mean": "Each held-out fold scored by itself, then averaged (the fusion paper's figure).",
     "sd": "Standard deviation over seeds.",
     "fold_sd": "Standard deviation over folds of the mean over seeds.",
-    "clip_ci": "Interval of one row by itself: bootstrap over held-out clips (subjects where known) and seeds together.",
+    "clip_ci": "Of one row by itself: bootstrap over held-out clips (subjects where known) and seeds together.",
     "chance": "The same decisions against labels permuted within each held-out fold.",
     "minus_best": "The row minus the row of the highest score, on the same resampled clips and seeds.",
     "interval": "Simultaneous: all differences between any two rows lie in theirs together with the stated confidence, "

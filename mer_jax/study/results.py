@@ -12,6 +12,7 @@ import numpy as np
 from mer_jax.errors import UserError
 from mer_jax.files import atomic_savez
 from mer_jax.study.data import MULTI_CLASS, MULTI_LABEL
+from mer_jax.study.grid_rows import is_grid
 
 FILENAME = "predictions.npz"
 OK = "ok"
@@ -191,6 +192,8 @@ class StudyResults:
         path = Path(workdir)
         if path.suffix != ".npz":
             path = path / FILENAME
+        if is_grid(path.parent) and not path.is_file():
+            raise UserError(f"{path.parent} holds a grid of studies; name the folder of one of its rows")
         if not path.is_file():
             raise UserError(f"{path}: not found; train the study first (scripts/train.py --workdir={path.parent})")
         try:
