@@ -7,9 +7,9 @@ from mer_jax.report.plots import format_number
 from mer_jax.report.tables import format_interval, format_mean, format_signed
 
 _FUSIONS = {
-    "concat": "concatenation, one temporal encoder",
-    "mean": "dual pool, mean",
-    "gate": "dual pool, softmax gate",
+    "concat": "concat, one encoder",
+    "mean": "two pools, mean",
+    "gate": "two pools, softmax gate",
 }
 
 
@@ -152,27 +152,27 @@ def terminal_tables(summary: Mapping) -> str:
         "Every row, best first",
         *_layout(
             [
-                ["", "pooled ± sd", f"{level} CI", "mean of folds ± sd", f"{level} CI", "chance"],
+                ["", "pooled ± sd", f"{level} CI", "fold mean ± sd", f"{level} CI", "chance"],
                 *(cells for _, cells in score_table(summary)),
             ]
         ),
         "",
-        "Against the best row (pooled); intervals and p-values hold for all pairs of rows at once",
+        "Against the best row (pooled); joint intervals and p-values hold for all pairs of rows at once",
         *_layout(
             [
-                ["", "minus best", f"{level} simultaneous", "adjusted p", "P(best)"],
+                ["", "minus best", f"{level} joint CI", "adjusted p", "P(best)"],
                 *(cells for _, cells in best_table(summary)),
             ]
         ),
     ]
-    head = ["pooled ± sd", "mean of folds ± sd", "minus the above", f"{level} simultaneous", "adjusted p"]
+    head = ["pooled ± sd", "fold mean ± sd", "minus above", f"{level} joint CI", "adjusted p"]
     for pair, cells in fusion_table(summary):
         lines += ["", f"Table 3: {pair}", *_layout([["", *head], *cells])]
     if summary["over_single"]:
         lines += [
             "",
             "What a pair adds to one of its features alone (pooled)",
-            *_layout([["", "difference", f"{level} simultaneous", "adjusted p"], *single_table(summary)]),
+            *_layout([["", "difference", f"{level} joint CI", "adjusted p"], *single_table(summary)]),
         ]
     lines.append("")
     for note in summary["notes"]:

@@ -51,11 +51,11 @@ def test_the_terminal_shows_all_tables(summary):
     text = terminal_tables(summary)
     for words in ("Table 2: macro-F1", "Table 3: hog + smirk", "Against the best row", "adjusted p", "P(best)"):
         assert words in text
-    assert text.count("dual pool, softmax gate") == 3 and text.count("concatenation, one temporal encoder") == 1
+    assert text.count("two pools, softmax gate") == 3 and text.count("concat, one encoder") == 1
     assert re.search(r"\n  (hog|siglip<b16>) \+ smirk, mean +best +– +– +0\.\d{3}\n", text)
     assert "the best is chosen by the scores that it is compared by" in text
     assert "Row siglip<b16>+smirk-concat is left out" in text
-    assert max(map(len, text.splitlines())) <= 125
+    assert max(map(len, text.splitlines())) <= 100
 
 
 def test_the_page_stands_alone_and_leads_to_the_rows(summary, tmp_path):
