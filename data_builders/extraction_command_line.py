@@ -32,6 +32,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         name: given[name] for name in ("weights", "bundle", "data_dir", "dtype", "store", "workers") if name in given
     }
     batch_size = _batch_size(given["batch_size"])
+    options["attention"] = given["attention"]
     print(four_dme.extract_features(given["extractor"], config, batch_size=batch_size, **options))
 
 
@@ -54,6 +55,8 @@ def _parser() -> argparse.ArgumentParser:
     add("--data_dir", default="data", metavar="DIR", help="where everything is kept (default: %(default)s)")
     add("--bundle", metavar="DIR", help="published features to import, and to continue with --weights: a folder of "
         "feat2d/, feat3d/ and lr_image/, any of them")  # fmt: skip
+    add("--attention", action="store_true", help="keep what a transformer attends to in each frame, too, for the "
+        "report's pictures (as long again; also for features that are there already)")  # fmt: skip
 
     add = parser.add_argument_group("how it is computed").add_argument
     add("--batch_size", default="auto", metavar="N", help="images per device at once (default: as memory allows)")

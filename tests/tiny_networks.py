@@ -52,8 +52,8 @@ def load(path: str | os.PathLike) -> dict:
     return {"params": {name: state[name].astype(np.float32) for name in SHAPES}}
 
 
-def apply(variables: dict, images: jax.Array) -> jax.Array:
-    """One block of attention over patches: (B, SIZE, SIZE, 3) to (B, DIM) float32."""
+def _tokens(variables: dict, images: jax.Array) -> tuple[jax.Array, ...]:
+    """Of the patches: tokens (B, N, WIDTH), then queries, keys and values (B, N, 1, WIDTH)."""
     weights = variables["params"]
     dtype = weights["patch.weight"].dtype
     side = SIZE // PATCH
@@ -61,9 +61,28 @@ def apply(variables: dict, images: jax.Array) -> jax.Array:
     # (B, SIZE, SIZE, 3) -> (B, side^2, 3 PATCH^2)
     tokens = tokens.reshape(-1, side, PATCH, side, PATCH, 3).swapaxes(2, 3).reshape(-1, side**2, 3 * PATCH**2)
     tokens = jnp.einsum("bnc,cd->bnd", tokens, weights["patch.weight"])
-    query, key, value = jnp.split(jnp.einsum("bnd,de->bne", tokens, weights["mix.weight"])[:, :, None], 3, axis=-1)
+    mixed = jnp.einsum("bnd,de->bne", tokens, weights["mix.weight"])
+    return tokens, *jnp.split(mixed[:, :, None], 3, axis=-1)
+
+
+def apply(variables: dict, images: jax.Array) -> jax.Array:
+    """One block of attention over patches: (B, SIZE, SIZE, 3) to (B, DIM) float32."""
+    tokens, query, key, value = _tokens(variables, images)
     tokens = tokens + jax.nn.dot_product_attention(query, key, value)[:, :, 0]
-    return jnp.einsum("bd,de->be", tokens.mean(axis=1), weights["head.weight"]).astype(jnp.float32)
+    return jnp.einsum("bd,de->be", tokens.mean(axis=1), variables["params"]["head.weight"]).astype(jnp.float32)
+
+
+def attention(variables: dict, images: jax.Array) -> jax.Array:
+    """What the mean of all queries attends to: (B, SIZE, SIZE, 3) to (B, 4, 4) float32."""
+    _, query, key, _ = _tokens(variables, images)
+    scores = jnp.einsum("bd,bnd->bn", query.mean(axis=1)[:, 0], key[:, :, 0]) * WIDTH**-0.5
+    shares = jax.nn.softmax(scores, axis=-1)
+    return shares.reshape(-1, SIZE // PATCH, SIZE // PATCH).astype(jnp.float32)  # (B, N) -> (B, 4, 4)
+
+
+def area(shape: tuple[int, int]) -> tuple[float, float, float, float]:
+    """All of a crop (H, W)."""
+    return (0.0, 0.0, *map(float, shape))
 
 
 def random_state(seed: int = 0, scale: float = 1.0) -> dict[str, np.ndarray]:
@@ -90,6 +109,9 @@ NETWORKS = {
     "tiny": TINY,
     "tiny_geometry": dataclasses.replace(
         TINY, name="tiny_geometry", modality="geometry", preprocessing="bright crops", prepare=prepare_bright, hub=""
+    ),
+    "tiny_attentive": dataclasses.replace(
+        TINY, name="tiny_attentive", attention=attention, attention_grid=(SIZE // PATCH,) * 2, attention_area=area
     ),
     "tiny_slow": dataclasses.replace(TINY, name="tiny_slow", prepare=prepare_slowly, hub=""),
 }

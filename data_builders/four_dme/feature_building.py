@@ -4,6 +4,7 @@ import contextlib
 import functools
 import importlib.metadata
 import itertools
+import math
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -14,6 +15,7 @@ import numpy as np
 from tqdm import tqdm
 
 from data_builders.clip_work import say_waiting
+from data_builders.four_dme.attention_maps import maps_folder
 from data_builders.four_dme.building import DEMO_CLIPS, build, built_settings, check_fits, default_crop, find_clips
 from data_builders.four_dme.bundle import Bundle, read_bundle
 from data_builders.four_dme.feature_store import (
@@ -66,6 +68,7 @@ def extract_features(
     workers: int | None = None,
     seed: int | None = None,
     demo_clips: tuple[int, int] | None = None,
+    attention: bool = False,
 ) -> Path:
     """Extracts the features of a network for ``four_dme/<config_name>`` and adds them to the data set.
 
@@ -95,6 +98,8 @@ def extract_features(
         workers: Number of processes that read and align frames, one per available processor unless given.
         seed: See there.
         demo_clips: See there.
+        attention: Whether to keep, beside the features, what the network attends to in each frame, see
+            :mod:`data_builders.four_dme.attention_maps`. This takes as long again; features are the same without.
 
     Returns:
         The folder of the built version, for ``tfds.builder_from_directory``.
@@ -104,6 +109,7 @@ def extract_features(
         KeyboardInterrupt: Ctrl-C or SIGTERM; finished clips are kept.
     """
     network = get_network(extractor)
+    attentive = _attentive(network, bundle) if attention else None
     for flag, value, choices in (("--dtype", dtype, DTYPES), ("--store", store, STORES)):
         if value not in choices:
             raise UserError(f"{flag} {value}: choose {' or '.join(choices)}")
@@ -128,10 +134,13 @@ def extract_features(
     check_fits(config_name, data_dir, crop=crop, facts={network.name: record.facts()}, **clips_told)
 
     folder = recipe.folder(features_root(config_name, data_dir))
+
+    def load() -> Any:
+        return _load_variables(network, checkpoint, sha256, Path(data_dir) / "weights")
+
     with exclusive(folder, functools.partial(say_waiting, folder)):
-        job = _Job(network, record, clips, taken, folder, batch_size, workers)
-        job.run(lambda: _load_variables(network, checkpoint, sha256, Path(data_dir) / "weights"))
-    return build(
+        _Job(network, record, clips, taken, folder, batch_size, workers).run(load)
+    target = build(
         config_name,
         data_dir=data_dir,
         extractors=(network.name,) if built is not None else (*EMBEDDED, network.name),
@@ -140,6 +149,30 @@ def extract_features(
         workers=workers,
         **clips_told,
     )
+    if attentive is not None:
+        maps = maps_folder(folder)
+        record = replace(record, recipe=replace(recipe, store="float16"), dim=attentive.dim)
+        with exclusive(maps, functools.partial(say_waiting, maps)):
+            _Job(attentive, record, clips, Bundle(), maps, batch_size, workers, ", attention").run(load)
+    return target
+
+
+def _attentive(network: Network, bundle: str | os.PathLike | None) -> Network:
+    """The network with the shares of its patches, row by row, in the place of features.
+
+    Its features are not asked of the same program: with more to give, a compiler may make their last bits otherwise.
+    """
+    if network.attention is None:
+        raise UserError(f"--attention: {network.name} is no transformer and has no attention to keep; leave it out")
+    if bundle is not None:
+        raise UserError(
+            f"--attention: what was attended to is not known of the features in {bundle}; leave it out, or --bundle"
+        )
+
+    def shares(variables: Any, images: "jax.Array") -> "jax.Array":
+        return network.attention(variables, images).reshape(len(images), -1)  # (B, h', w') -> (B, h' w')
+
+    return replace(network, dim=math.prod(network.attention_grid), apply=shares)
 
 
 def _find_weights(
@@ -209,6 +242,7 @@ class _Job:
     folder: Path
     batch_size: int | None
     workers: int | None
+    what: str = ""  # beside the network's name
     _open: dict[int, _OpenClip] = field(default_factory=dict)
     _errors: dict[str, UserError] = field(default_factory=dict)
 
@@ -239,7 +273,7 @@ class _Job:
         total = sum(len(self.clips[index].frames) * len(self._views(index)) for index in to_extract)
         with (
             contextlib.closing(self._prepared(to_extract)) as prepared,
-            progress(total=total, desc=self.network.name, unit="img") as bar,
+            progress(total=total, desc=f"{self.network.name}{self.what}", unit="img") as bar,
         ):
             arrivals = self._arrivals(to_extract, prepared, bar)
             first = next(arrivals, None)
@@ -247,7 +281,7 @@ class _Job:
                 program = self._compile(variables, first[1], devices)
                 del variables
                 at_once = f"{len(devices)} x {program.batch_size} at once"
-                bar.set_description_str(f"{self.network.name}, {at_once}", refresh=False)
+                bar.set_description_str(f"{self.network.name}{self.what}, {at_once}", refresh=False)
                 bar.unpause()  # compiling is no part of the rate
                 write_record(self.folder, replace(self.record, batch_size=program.batch_size, made_with=made_with))
                 self._receive(program, itertools.chain([first], arrivals), bar)

@@ -42,6 +42,9 @@ class Network:
         hub: Id on the Hugging Face hub of the weights; empty where they are not there.
         attention: Variables and images (B, h, w, 3) to what the CLS or probe token attends to in the last block,
             mean over heads, per patch (B, h', w'); None for networks without attention.
+        attention_grid: (h', w'); None for networks without attention.
+        attention_area: (H, W) of a crop to the part of it that these patches cover together: top, left, bottom and
+            right in pixels; None for networks without attention.
     """
 
     name: str
@@ -55,6 +58,8 @@ class Network:
     apply: Callable[[Any, jax.Array], jax.Array]
     hub: str = ""
     attention: Callable[[Any, jax.Array], jax.Array] | None = None
+    attention_grid: tuple[int, int] | None = None
+    attention_area: Callable[[tuple[int, int]], tuple[float, float, float, float]] | None = None
 
 
 def _in(module: str, *names: str) -> dict[str, str]:

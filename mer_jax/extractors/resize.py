@@ -122,19 +122,43 @@ def resize_frames(
             f"frames of shape {frames.shape} and type {frames.dtype}: RGB of 8 bits, (T, H, W, 3), is expected; "
             "convert grey and transparent images first"
         )
-    inner = tuple(size)
-    if shortest_edge:
-        height, width = frames.shape[1:3]
-        # As Hugging Face's processors round: the longer side down.
-        long = shortest_edge * max(height, width) // min(height, width)
-        inner = (shortest_edge, long) if height <= width else (long, shortest_edge)
-    top, left = ((have - want) // 2 for have, want in zip(inner, size, strict=True))
+    inner, (top, left) = _inner(frames.shape[1:3], size, shortest_edge)
     unfiltered = how == "bilinear_unfiltered"
     result = np.empty((len(frames), *size, 3), np.float32 if unfiltered else np.uint8)
     for frame, place in zip(frames, result, strict=True):
         resized = _interpolated(frame, inner) if unfiltered else _resampled(frame, inner, how)
         place[...] = resized[top : top + size[0], left : left + size[1]]
     return result, np.ones(len(frames), bool)
+
+
+def seen_area(
+    shape: tuple[int, int], size: tuple[int, int], *, shortest_edge: int = 0
+) -> tuple[float, float, float, float]:
+    """Which part of a crop :func:`resize_frames` keeps.
+
+    Args:
+        shape: (H, W) of the crop.
+        size: As there.
+        shortest_edge: As there.
+
+    Returns:
+        Top, left, bottom and right in pixels of the crop, whose pixel n covers [n, n + 1].
+    """
+    inner, corner = _inner(shape, size, shortest_edge)
+    scale = [have / resized for have, resized in zip(shape, inner, strict=True)]
+    top, left = (scale[axis] * corner[axis] for axis in (0, 1))
+    return top, left, top + scale[0] * size[0], left + scale[1] * size[1]
+
+
+def _inner(shape: tuple[int, int], size: tuple[int, int], shortest_edge: int) -> tuple[tuple[int, int], list[int]]:
+    """To which (h, w) a crop is resized, and the top left corner of what is cut out of that."""
+    inner = tuple(size)
+    if shortest_edge:
+        height, width = shape
+        # As Hugging Face's processors round: the longer side down.
+        long = shortest_edge * max(height, width) // min(height, width)
+        inner = (shortest_edge, long) if height <= width else (long, shortest_edge)
+    return inner, [(have - want) // 2 for have, want in zip(inner, size, strict=True)]
 
 
 def _resampled(frame: np.ndarray, size: tuple[int, int], how: Filter) -> np.ndarray:

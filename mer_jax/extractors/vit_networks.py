@@ -11,7 +11,7 @@ import numpy as np
 
 from mer_jax.extractors.checkpoints import Source, fill, linear, same
 from mer_jax.extractors.networks import Network
-from mer_jax.extractors.resize import Filter, resize_frames
+from mer_jax.extractors.resize import Filter, resize_frames, seen_area
 from mer_jax.extractors.vit import Architecture, VisionTransformer, attention_map, features, grid_of
 
 # Mean and standard deviation of each channel, RGB in [0, 1].
@@ -122,7 +122,7 @@ def transformer_network(
     Raises:
         ValueError: The network has no input of this size.
     """
-    grid_of(architecture, size)
+    grid = grid_of(architecture, size)
     filters = {
         "bilinear": "bilinear (Pillow, 8 bits)",
         "bicubic": "bicubic (Pillow, 8 bits)",
@@ -144,4 +144,17 @@ def transformer_network(
         apply=functools.partial(features, architecture),
         hub=hub,
         attention=functools.partial(attention_map, architecture),
+        attention_grid=grid,
+        attention_area=functools.partial(
+            _patches_area, size=size, shortest_edge=shortest_edge, patch=architecture.patch
+        ),
     )
+
+
+def _patches_area(
+    shape: tuple[int, int], *, size: tuple[int, int], shortest_edge: int, patch: int
+) -> tuple[float, float, float, float]:
+    """The part of a crop that whole patches cover; what is left over on the right and below is not seen."""
+    top, left, bottom, right = seen_area(shape, size, shortest_edge=shortest_edge)
+    height, width = (side // patch * patch / side for side in size)  # as shares of the input
+    return top, left, top + height * (bottom - top), left + width * (right - left)

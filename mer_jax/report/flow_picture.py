@@ -1,28 +1,30 @@
 """A picture of one prediction: the frames, the motion between them, and what the model makes of it."""
 
 import dataclasses
-import io
 import itertools
 import os
 from collections.abc import Sequence
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image
 
-from mer_jax.files import atomic_write_bytes
+from mer_jax.report.canvas import (
+    BARS,
+    BLUE,
+    GREEN,
+    GREY,
+    MUTED,
+    ORANGE,
+    PAPER,
+    PRINT,
+    PURPLE,
+    RULE,
+    Canvas,
+    draw_probabilities,
+    save_png,
+)
 
-# The report's colours on light paper (mer_jax.report.style).
-_PAPER, _INK, _MUTED, _RULE, _FAINT = "#ffffff", "#1b1f24", "#57606c", "#d8dce2", "#eceef1"
-_BLUE, _ORANGE = "#0072b2", "#c65100"
-
-# Everything is drawn at four times its size and reduced at the end, because Pillow draws lines without smoothing.
-_ZOOM = 4
-# Pixels of a written picture to one of _WIDTH: 300 dpi at 7.2 inches, the width of a page's text.
-_PRINT = 2
-_DPI = 300
 _WIDTH, _MARGIN, _GAP = 1080, 36, 18
-# Width of the bars of probability.
-_BARS = 270
 # A curve of up to so many frames shows each of them.
 _DOTS = 80
 _PANEL = (_WIDTH - 2 * _MARGIN - 2 * _GAP) // 3
@@ -112,19 +114,29 @@ def draw_picture(picture: FlowPicture, resolution: int = 1) -> Image.Image:
     below = tops["flows"] + (_PANEL + 48 if len(picture.flows) else 0)
     tops["curve"] = below
     tops["lower"] = below + (190 if picture.intensity is not None else 0)
-    canvas = _Canvas(_WIDTH, tops["lower"] + lower + _MARGIN)
+    canvas = Canvas(_WIDTH, tops["lower"] + lower + _MARGIN)
     canvas.text(_MARGIN, 28, picture.title, 24, width=_WIDTH - 2 * _MARGIN)
-    canvas.text(_MARGIN, 60, picture.note, 14, _MUTED, width=_WIDTH - 2 * _MARGIN)
+    canvas.text(_MARGIN, 60, picture.note, 14, MUTED, width=_WIDTH - 2 * _MARGIN)
     for column, (frame, name) in enumerate(zip(picture.frames, picture.frame_names, strict=True)):
-        canvas.panel(column, tops["frames"], frame, name)
+        _panel(canvas, column, tops["frames"], frame, name)
     if len(picture.flows):
         scale = flow_scale(picture.flows)
         for column, (flow, name) in enumerate(zip(picture.flows, picture.flow_names, strict=True)):
-            canvas.panel(column, tops["flows"], flow_colours(flow, scale), name)
+            _panel(canvas, column, tops["flows"], flow_colours(flow, scale), name)
         _draw_wheel(canvas, tops["flows"], scale)
     if picture.intensity is not None:
         _draw_curve(canvas, tops["curve"], picture)
-    _draw_labels(canvas, tops["lower"], picture)
+    draw_probabilities(
+        canvas,
+        _MARGIN,
+        tops["lower"],
+        picture.label_names,
+        picture.mean,
+        picture.spread,
+        picture.thresholds,
+        picture.decisions,
+        ["predicted" if decided else "" for decided in picture.decisions],
+    )
     if len(picture.stream_names):
         _draw_streams(canvas, tops["lower"], picture)
     return canvas.image(resolution)
@@ -136,58 +148,18 @@ def save_picture(path: str | os.PathLike, picture: FlowPicture) -> None:
     Raises:
         UserError: The file cannot be written.
     """
-    stream = io.BytesIO()
-    draw_picture(picture, _PRINT).save(stream, "PNG", optimize=True, dpi=(_DPI, _DPI))
-    atomic_write_bytes(path, stream.getvalue())
+    save_png(path, draw_picture(picture, PRINT))
 
 
-class _Canvas:
-    """Pillow in the picture's own pixels."""
-
-    def __init__(self, width: int, height: int):
-        self._image = Image.new("RGB", (width * _ZOOM, height * _ZOOM), _PAPER)
-        self._draw = ImageDraw.Draw(self._image)
-        self._size = width, height
-
-    def image(self, resolution: int) -> Image.Image:
-        return self._image.resize([side * resolution for side in self._size], Image.Resampling.LANCZOS)
-
-    def text(self, x, y, words, size=14, colour=_INK, anchor="la", width=None) -> None:
-        """Writes one line, cut with an ellipsis where it is wider than ``width``."""
-        font = ImageFont.load_default(size * _ZOOM)
-        if width is not None and font.getlength(words) > width * _ZOOM:
-            while words and font.getlength(words + "...") > width * _ZOOM:
-                words = words[:-1]
-            words += "..."
-        self._draw.text((x * _ZOOM, y * _ZOOM), words, colour, font, anchor)
-
-    def line(self, points, colour, width=1.0) -> None:
-        flat = [(x * _ZOOM, y * _ZOOM) for x, y in points]
-        self._draw.line(flat, colour, max(1, round(width * _ZOOM)), joint="curve")
-
-    def box(self, left, top, right, bottom, colour) -> None:
-        corners = [round(value * _ZOOM) for value in (left, top, right, bottom)]
-        if corners[2] > corners[0] and corners[3] > corners[1]:
-            self._draw.rectangle((corners[0], corners[1], corners[2] - 1, corners[3] - 1), colour)
-
-    def dot(self, x, y, radius, colour) -> None:
-        self._draw.ellipse([value * _ZOOM for value in (x - radius, y - radius, x + radius, y + radius)], colour)
-
-    def paste(self, left, top, side, pixels: np.ndarray) -> None:
-        picture = Image.fromarray(np.ascontiguousarray(pixels))
-        self._image.paste(
-            picture.resize((side * _ZOOM, side * _ZOOM), Image.Resampling.BICUBIC), (left * _ZOOM, top * _ZOOM)
-        )
-
-    def panel(self, column: int, top: int, pixels: np.ndarray, name: str) -> None:
-        """A square picture in one of three columns, with its caption."""
-        left = _MARGIN + column * (_PANEL + _GAP)
-        self.box(left - 1, top - 1, left + _PANEL + 1, top + _PANEL + 1, _RULE)
-        self.paste(left, top, _PANEL, pixels)
-        self.text(left, top + _PANEL + 8, name, 14, _MUTED, width=_PANEL)
+def _panel(canvas: Canvas, column: int, top: int, pixels: np.ndarray, name: str) -> None:
+    """A square picture in one of three columns, with its caption."""
+    left = _MARGIN + column * (_PANEL + _GAP)
+    canvas.box(left - 1, top - 1, left + _PANEL + 1, top + _PANEL + 1, RULE)
+    canvas.paste(left, top, _PANEL, pixels)
+    canvas.text(left, top + _PANEL + 8, name, 14, MUTED, width=_PANEL)
 
 
-def _draw_wheel(canvas: _Canvas, top: int, scale: float) -> None:
+def _draw_wheel(canvas: Canvas, top: int, scale: float) -> None:
     """The colours' key: what a flow that points from the middle to a place on the wheel looks like."""
     left, side = _MARGIN + 2 * (_PANEL + _GAP), _PANEL
     y, x = np.mgrid[-1:1:1024j, -1:1:1024j]
@@ -199,11 +171,11 @@ def _draw_wheel(canvas: _Canvas, top: int, scale: float) -> None:
     radius = 0.4 * inner + 16
     for words, dx, dy in (("right", 1, 0), ("down", 0, 1), ("left", -1, 0), ("up", 0, -1)):
         anchor = {1: "lm", -1: "rm", 0: "mm"}[dx]
-        canvas.text(middle_x + dx * (radius - 6 * abs(dx)), middle_y + dy * radius, words, 14, _MUTED, anchor)
-    canvas.text(left, top + side + 8, f"colours: white is rest, full colour {scale:.2g} px", 14, _MUTED, width=side)
+        canvas.text(middle_x + dx * (radius - 6 * abs(dx)), middle_y + dy * radius, words, 14, MUTED, anchor)
+    canvas.text(left, top + side + 8, f"colours: white is rest, full colour {scale:.2g} px", 14, MUTED, width=side)
 
 
-def _draw_curve(canvas: _Canvas, top: int, picture: FlowPicture) -> None:
+def _draw_curve(canvas: Canvas, top: int, picture: FlowPicture) -> None:
     left, right, upper, lower = _MARGIN + 56, _WIDTH - _MARGIN, top + 30, top + 140
     times, values = np.asarray(picture.times, float), np.asarray(picture.intensity, float)
     span, height = max(times[-1] - times[0], 1e-9), max(float(values.max()), 1e-9)
@@ -212,58 +184,37 @@ def _draw_curve(canvas: _Canvas, top: int, picture: FlowPicture) -> None:
     canvas.text(_MARGIN, top, "Motion of the face against the onset", 14)
     if picture.smooth:
         told = f"apex: its largest after smoothing over {picture.smooth:g} frame{'s' * (picture.smooth != 1)}"
-        canvas.text(_MARGIN + 270, top + 1, told, 12, _MUTED)
+        canvas.text(_MARGIN + 270, top + 1, told, 12, MUTED)
     for value, y_tick in ((0.0, lower), (float(values.max()), upper)):
-        canvas.line([(left, y_tick), (right, y_tick)], _RULE)
+        canvas.line([(left, y_tick), (right, y_tick)], RULE)
         if value or y_tick == lower:
-            canvas.text(left - 8, y_tick, f"{value:.2g} px", 13, _MUTED, "rm")
-    canvas.line([(x[picture.apex], upper - 6), (x[picture.apex], lower)], _ORANGE, 2)
-    canvas.line(list(zip(x, y, strict=True)), _BLUE, 2.2)
+            canvas.text(left - 8, y_tick, f"{value:.2g} px", 13, MUTED, "rm")
+    canvas.line([(x[picture.apex], upper - 6), (x[picture.apex], lower)], ORANGE, 2)
+    canvas.line(list(zip(x, y, strict=True)), BLUE, 2.2)
     if len(x) <= _DOTS:
         for place in zip(x, y, strict=True):
-            canvas.dot(*place, 2.4, _BLUE)
-    canvas.dot(x[picture.apex], y[picture.apex], 4.5, _ORANGE)
+            canvas.dot(*place, 2.4, BLUE)
+    canvas.dot(x[picture.apex], y[picture.apex], 4.5, ORANGE)
     canvas.text(
-        x[picture.apex], upper - 10, "apex", 14, _ORANGE, "ms" if left + 16 < x[picture.apex] < right - 16 else "ls"
+        x[picture.apex], upper - 10, "apex", 14, ORANGE, "ms" if left + 16 < x[picture.apex] < right - 16 else "ls"
     )
     for place, anchor in ((0, "la"), (-1, "ra")):
-        canvas.text(x[place], lower + 8, f"{times[place]:.2f} s", 13, _MUTED, anchor)
+        canvas.text(x[place], lower + 8, f"{times[place]:.2f} s", 13, MUTED, anchor)
 
 
-def _draw_labels(canvas: _Canvas, top: int, picture: FlowPicture) -> None:
-    """Bars of probability, whiskers of spread, ticks of thresholds; what is predicted is in full colour."""
-    left, width = _MARGIN + 116, _BARS
-    canvas.text(_MARGIN, top, "Probability of each label", 14)
-    key = "line: spread over members" + ("" if picture.thresholds is None else "; mark: threshold")
-    canvas.text(_MARGIN + 190, top + 1, key, 12, _MUTED)
-    for row, name in enumerate(picture.label_names):
-        y = top + 34 + 30 * row
-        mean, spread, decided = float(picture.mean[row]), float(picture.spread[row]), bool(picture.decisions[row])
-        canvas.text(_MARGIN, y + 9, name, 14, _INK if decided else _MUTED, "lm", width=108)
-        canvas.box(left, y, left + width, y + 18, _FAINT)
-        canvas.box(left, y, left + max(width * mean, 1), y + 18, _BLUE if decided else "#9cc3dc")
-        ends = [left + width * float(np.clip(mean + sign * spread, 0.0, 1.0)) for sign in (-1, 1)]
-        canvas.line([(ends[0], y + 9), (ends[1], y + 9)], _INK, 1.4)
-        if picture.thresholds is not None:
-            mark = left + width * float(picture.thresholds[row])
-            canvas.line([(mark, y - 4), (mark, y + 22)], _ORANGE, 2)
-        told = f"{mean:.2f}" + ("  predicted" if decided else "")
-        canvas.text(left + width + 10, y + 9, told, 14, _INK if decided else _MUTED, "lm")
-
-
-def _draw_streams(canvas: _Canvas, top: int, picture: FlowPicture) -> None:
+def _draw_streams(canvas: Canvas, top: int, picture: FlowPicture) -> None:
     """One bar a row, cut into the streams' shares."""
-    left = _MARGIN + 116 + _BARS + 140
+    left = _MARGIN + 116 + BARS + 140
     width = _WIDTH - _MARGIN - left
     canvas.text(left, top, "Attention to the streams " + ", ".join(picture.stream_names), 14, width=width)
-    shades = ["#0072b2", "#c65100", "#007a5a", "#9a4f86", "#6a737d"]
+    shades = [BLUE, ORANGE, GREEN, PURPLE, GREY]
     bar, room = left + 170, width - 170
     for row, name in enumerate(picture.stream_rows):
         y = top + 34 + 30 * row
-        canvas.text(left, y + 9, name, 13, _MUTED, "lm", width=162)
+        canvas.text(left, y + 9, name, 13, MUTED, "lm", width=162)
         edges = bar + room * np.concatenate([[0.0], np.cumsum(picture.streams[row])])
         for stream, (start, end) in enumerate(itertools.pairwise(edges)):
             canvas.box(start, y, end, y + 18, shades[stream % len(shades)])
             words = f"{picture.stream_names[stream]} {picture.streams[row][stream]:.2f}"
             if end - start > 52:
-                canvas.text((start + end) / 2, y + 9, words, 12, _PAPER, "mm")
+                canvas.text((start + end) / 2, y + 9, words, 12, PAPER, "mm")

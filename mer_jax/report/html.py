@@ -1,5 +1,6 @@
 """One self-contained page per study: what it found, how sure that is, and everything needed to check it."""
 
+import base64
 import csv
 import json
 import os
@@ -13,6 +14,7 @@ from mer_jax.errors import UserError
 from mer_jax.evaluation.thresholds import UNTUNED
 from mer_jax.files import atomic_write_text
 from mer_jax.report import plots
+from mer_jax.report.clip_pictures import ReportPicture, write_pictures
 from mer_jax.report.plots import format_number
 from mer_jax.report.style import STYLE
 from mer_jax.report.tables import (
@@ -29,6 +31,7 @@ from mer_jax.report.tables import (
 )
 from mer_jax.study.held_out import clip_probabilities, decide
 from mer_jax.study.results import PHASES, TEST, UNKNOWN_LABEL, StudyResults, is_stream
+from mer_jax.study.shown import RULE
 from mer_jax.study.summary import SCHEMA
 
 FILENAME = "report.html"
@@ -42,8 +45,8 @@ def write_report(workdir: str | os.PathLike) -> Path:
     """Writes ``report.html`` from the files of a finished run.
 
     Only files of the run folder are read: ``summary.json`` and ``predictions.npz``, which must be there, and
-    ``config.json``, ``overrides.json``, ``versions.json`` and ``folds.csv``, whose sections are left out
-    where they are not. The same files give the same bytes.
+    ``config.json``, ``overrides.json``, ``versions.json``, ``folds.csv`` and ``shown.npz``, whose sections are left
+    out where they are not. The same files give the same bytes. Pictures of ``shown.npz`` are also written as files.
 
     Args:
         workdir: The run folder.
@@ -74,6 +77,7 @@ def write_report(workdir: str | os.PathLike) -> Path:
         overrides=_read_json(workdir / "overrides.json") or {},
         versions=_read_json(workdir / "versions.json") or {},
         no_face=_clips_without_face(workdir / "folds.csv"),
+        pictures=write_pictures(workdir, results, summary["evaluation"]),
     )
     path = workdir / FILENAME
     atomic_write_text(path, page.render())
@@ -117,9 +121,10 @@ def _flatten(tree, prefix: str = "") -> dict[str, str]:
 class _Page:
     """The data of one report and its sections, each of them HTML, empty where a study has nothing to show."""
 
-    def __init__(self, name, results: StudyResults, summary, config, overrides, versions, no_face):
+    def __init__(self, name, results: StudyResults, summary, config, overrides, versions, no_face, pictures):
         self.name, self.results, self.summary = name, results, summary
         self.config, self.overrides, self.versions, self.no_face = config, overrides, versions, no_face
+        self.pictures: list[ReportPicture] = pictures
         self.labels: list[str] = summary["labels"]
         self.multi_class, self.score = multi_class(summary), score_name(summary)
         self.leaky, self.digits = leaky_block(summary), digits(summary)
@@ -156,6 +161,7 @@ class _Page:
             ("gate", "Gate weights", self.gate),
             ("streams", "Attention over streams", self.streams),
             ("attention", "Frame attention", self.attention),
+            ("clips", "Attention on single clips", self.clips),
             ("settings", "Hyper-parameters tried", self.settings),
             ("predictions", "Predictions per clip", self.predictions),
             ("members", "Members and clips", self.members),
@@ -607,6 +613,24 @@ class _Page:
             figure,
             "Share of attention on each frame position (after resampling), mean over queries and over the "
             "held-out clips that have the label. Median and 5–95 % band over members.",
+        )
+
+    def clips(self) -> str:
+        """Pictures of single clips."""
+        if not self.pictures:
+            return ""
+        figures = []
+        for picture in self.pictures:
+            source = base64.b64encode(picture.png).decode()
+            image = f'<img src="data:image/png;base64,{source}" alt="{escape(picture.text)}" loading="lazy">'
+            figures.append(
+                _figure(image, f"{escape(picture.name)}: chosen for {escape(', '.join(picture.chosen_for))}.")
+            )
+        return (
+            f"<p>The clips were chosen by a rule, not by how they look: {RULE}. Curves show which frames the study's "
+            "pools attend to; colours, where they are, to which patches of a frame a network's summary token attends "
+            "in its last layer. Attention is not an explanation: it tells where information was taken from, not what "
+            "was made of it, and the network behind the colours knows nothing of expressions.</p>" + "".join(figures)
         )
 
     def streams(self) -> str:

@@ -48,7 +48,7 @@ tr.key th,tr.key td{font-weight:650}
 background:repeating-linear-gradient(135deg,transparent 0 5px,var(--warn) 5px 10px)}
 thead .leaky{color:var(--orange)}
 figure{margin:14px 0 0}
-figure svg{display:block;width:100%;height:auto}
+figure svg,figure img{display:block;width:100%;height:auto}
 figure svg.half{max-width:560px}
 .pair{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(100%,400px),1fr));gap:36px 40px}
 figcaption{margin-top:6px;max-width:74ch}

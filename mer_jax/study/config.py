@@ -14,7 +14,7 @@ from mer_jax.study.held_out import resolve_evaluation
 from mer_jax.study.members import HYPER_NAMES
 
 # A run may go on under other values of these. The platform is checked by itself, by what it turned out to be.
-NEUTRAL_FIELDS = ("platform", "study.checkpoint_seconds", "study.compile_cache", "data.workers")
+NEUTRAL_FIELDS = ("platform", "study.checkpoint_seconds", "study.compile_cache", "data.workers", "report.pictures")
 
 
 def base_config() -> ConfigDict:
@@ -69,6 +69,11 @@ def base_config() -> ConfigDict:
     config.evaluation.bootstrap = 2000  # replicates behind every interval
     config.evaluation.confidence = 0.95
 
+    config.report = ConfigDict()
+    # Whether frames of a few clips, faces that is, are kept in the run's folder and shown in its report: 'demo' (only
+    # of rendered demo clips), 'always' or 'never'. A finished run can be started again with another value.
+    config.report.pictures = "demo"
+
     config.data = ConfigDict()
     config.data.shuffle_labels = False  # a null study: label vectors dealt out at random; its scores are chance
     return config
@@ -91,6 +96,7 @@ def validate(config: ConfigDict) -> None:
         "train.class_weights": ("none", "balanced"),
         "train.optimiser": OPTIMISERS,
         "train.schedule": SCHEDULES,
+        "report.pictures": ("demo", "always", "never"),
     }
     for field, allowed in choices.items():
         _require(

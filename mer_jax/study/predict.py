@@ -63,13 +63,7 @@ def predict(results: StudyResults, evaluation: dict, *, split: str, member: str 
     if not len(clips):
         raise UserError(f"the data set of this study has no {split} clips; build it with them and train again")
     clips = clips[np.argsort(results.clip_id[clips], kind="stable")]
-    chosen = dict(zip(study.folds.tolist(), study.choose_settings(), strict=True))
-    speakers = {fold: study.members(setting, fold) for fold, setting in chosen.items()}
-    if member is not None:
-        row = _find_member(results, member)
-        speakers = {int(results.member_fold[row]): np.array([row])}
-        chosen = {fold: int(study.setting[row]) for fold in speakers}
-    everyone = np.concatenate(list(speakers.values()))
+    chosen, everyone = _speakers(study, member)
     if not len(everyone):
         raise UserError("every member of this study diverged; lower config.train.learning_rate and train again")
     probabilities = clip_probabilities(results, results.probabilities[everyone], study.evaluation)[
@@ -101,6 +95,21 @@ def predict(results: StudyResults, evaluation: dict, *, split: str, member: str 
         decisions=decide(mean.astype(np.float32), thresholds, study.evaluation, results.labels),
         members=members,
     )
+
+
+def speaking_members(results: StudyResults, evaluation: dict, member: str | None = None) -> np.ndarray:
+    """``(M',)`` the members behind :func:`predict`, of which those that held a training clip out predict it."""
+    study = StudyMembers(results, resolve_evaluation(evaluation, results.labels, results.multi_class))
+    return _speakers(study, member)[1]
+
+
+def _speakers(study: StudyMembers, member: str | None) -> tuple[dict[int, int], np.ndarray]:
+    """The setting of each fold that has a say, and the members, all finished ones of these settings or the one."""
+    if member is not None:
+        row = _find_member(study.results, member)
+        return {int(study.results.member_fold[row]): int(study.setting[row])}, np.array([row])
+    chosen = dict(zip(study.folds.tolist(), study.choose_settings(), strict=True))
+    return chosen, np.concatenate([study.members(setting, fold) for fold, setting in chosen.items()])
 
 
 def _find_member(results: StudyResults, member: str) -> int:

@@ -26,7 +26,7 @@ from mer_jax.files import TEMPORARY_SUFFIX, atomic_savez, atomic_write_bytes, at
 from mer_jax.models.registry import Learner, build_learner
 from mer_jax.parallel import available_processors
 from mer_jax.progress import progress
-from mer_jax.study import engine
+from mer_jax.study import engine, shown
 from mer_jax.study.checkpoints import BlockCheckpoints, save_tree
 from mer_jax.study.config import validate
 from mer_jax.study.data import (
@@ -79,8 +79,7 @@ def train(config: ConfigDict, workdir: str | os.PathLike, overrides: Mapping | N
         from mer_jax.study.grid import train_grid
 
         return train_grid(config, workdir, overrides or {})
-    demo = config.data.dataset.endswith("/demo")
-    status = train_study(config, workdir, overrides or {}, functools.partial(_report, demo=demo))
+    status = train_study(config, workdir, overrides or {}, functools.partial(_report, config))
     return 0 if (workdir / FILENAME).is_file() else status
 
 
@@ -773,11 +772,28 @@ def _assemble(workdir: Path, plan: Plan, blocks: Sequence[range], learner: Learn
     shutil.rmtree(block_path(workdir, 0).parent, ignore_errors=True)
 
 
-def _report(workdir: Path, demo: bool) -> None:
+def _show_clips(config: ConfigDict, workdir: Path) -> None:
+    """Keeps frames of a few clips for the report, or takes them away, as the config wants it."""
+    pictures, demo = config.report.pictures, config.data.dataset.endswith("/demo")
+    if pictures == "never" or (pictures == "demo" and not demo):
+        (workdir / shown.FILENAME).unlink(missing_ok=True)
+        return
+    results = StudyResults.load(workdir)
+    if uses_flow(config) or not results.attention:
+        return
+    try:
+        shown.keep_shown(config.data.to_dict(), results, workdir)
+    except UserError as error:
+        kept = "those of before are kept" if (workdir / shown.FILENAME).is_file() else "there are none in the report"
+        say(f"warning: no pictures of clips could be made, {kept}: {error}")
+
+
+def _report(config: ConfigDict, workdir: Path) -> None:
     from mer_jax.report.html import write_report
     from mer_jax.report.tables import terminal_table
 
+    _show_clips(config, workdir)
     print(terminal_table(write_summary(workdir)))
-    if demo:
+    if config.data.dataset.endswith("/demo"):
         print("These are rendered demo clips: the numbers show that the software works and are no benchmark.")
     print(f"report: {write_report(workdir)}")

@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 
 from mer_jax.errors import UserError
-from mer_jax.extractors.resize import resize_frames, resize_grid, weights
+from mer_jax.extractors.resize import resize_frames, resize_grid, seen_area, weights
 
 SIZES = [
     (7, 7, 16, 16),
@@ -121,3 +121,21 @@ def test_frames_that_are_not_rgb_are_one_line(frames):
     with pytest.raises(UserError, match=r"frames of shape .* RGB of 8 bits, \(T, H, W, 3\), is expected") as caught:
         resize_frames(frames, (4, 4), "bilinear")
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("height, width", [(50, 40), (40, 50), (33, 33), (41, 97)])
+@pytest.mark.parametrize("shortest_edge", [0, 64])
+def test_the_area_that_is_seen_is_where_its_pixels_come_from(height, width, shortest_edge):
+    """A crop whose pixels tell their row or their column: those of the result are at the middles of equal parts."""
+    rows, columns = np.mgrid[:height, :width]
+    frames = np.stack([2 * rows, 2 * columns, 0 * rows], axis=-1)[None].astype(np.uint8)
+    ours, _ = resize_frames(frames, (56, 48), "bilinear_unfiltered", shortest_edge=shortest_edge)
+    top, left, bottom, right = seen_area((height, width), (56, 48), shortest_edge=shortest_edge)
+    if not shortest_edge:
+        assert (top, left, bottom, right) == (0, 0, height, width)
+    for axis, (start, stop, size, count) in enumerate(((top, bottom, height, 56), (left, right, width, 48))):
+        middles = start + (stop - start) * (np.arange(count) + 0.5) / count - 0.5  # pixel n has its middle at n + 0.5
+        found = 255 / 2 * np.take(ours[0, ..., axis], 3, axis=1 - axis)
+        inner = (middles >= 0) & (middles <= size - 1)  # beyond the outermost middles there is nothing between pixels
+        assert inner.sum() > count / 2
+        np.testing.assert_allclose(found[inner], middles[inner], atol=1e-3)

@@ -14,6 +14,7 @@ def test_the_defaults_are_valid():
     "field, value, message",
     [
         ("platform", "cuda", "config.platform='cuda': must be one of '', 'cpu', 'gpu', 'tpu'"),
+        ("report.pictures", "yes", "config.report.pictures='yes': must be one of 'demo', 'always', 'never'"),
         ("folds.scheme", "random", "config.folds.scheme='random': must be one of 'stratified', "),
         ("folds.num", 1, "config.folds.num=1: must be at least 2"),
         ("study.num_seeds", 0, "config.study.num_seeds=0: must be at least 1"),

@@ -3,6 +3,8 @@
 import csv
 import functools
 import shutil
+import sys
+from pathlib import Path
 
 import cv2
 import numpy as np
@@ -10,6 +12,14 @@ import openpyxl
 import pytest
 from PIL import Image
 from skimage import data
+
+from data_builders import four_dme
+from mer_jax.clips.crops import CropConfig
+from mer_jax.extractors import networks
+
+TESTS = Path(__file__).resolve().parents[2]
+COLUMNS = {"Negative": "neg"}
+CROP = CropConfig(size=96)
 
 LENGTHS = {"seq_2": 4, "seq_10": 3, "seq_7": 5}  # training clips
 TEST_LENGTHS = {"seq_11": 3}
@@ -70,3 +80,52 @@ def release(tmp_path):
     book.active.append(["02", "b_1", "Negative", 1, 2, 5, "AU4(k)", 1])
     book.save(tmp_path / "labels.xlsx")
     return tmp_path / "labels.xlsx", root
+
+
+@pytest.fixture(scope="module")
+def tiny_networks():
+    """The module of small networks, by the name by which workers import it."""
+    sys.path.insert(0, str(TESTS))
+    import tiny_networks
+
+    yield tiny_networks
+    sys.path.remove(str(TESTS))
+
+
+@pytest.fixture
+def registered(tiny_networks, monkeypatch):
+    """Makes the small networks known by their names."""
+    for name in tiny_networks.NETWORKS:
+        monkeypatch.setitem(networks.NETWORKS, name, "tiny_networks:NETWORKS")
+
+
+@pytest.fixture
+def weights(tiny_networks, tmp_path):
+    """Makes checkpoints of the tiny network, as its authors would: ``weights(seed)``."""
+    torch = pytest.importorskip("torch")
+
+    def make(seed=0, scale=1.0):
+        path = tmp_path / f"official_{seed}_{scale}.pt"
+        torch.save({k: torch.from_numpy(v) for k, v in tiny_networks.random_state(seed, scale).items()}, path)
+        return path
+
+    return make
+
+
+@pytest.fixture
+def extract(challenge, registered, weights, tmp_path):
+    """Extracts tiny features of the hand-made challenge, unless told otherwise."""
+
+    def call(extractor="tiny", **changes):
+        options = dict(weights=weights(), data_dir=tmp_path / "data", source=challenge, columns=COLUMNS, crop=CROP,
+                       workers=1, batch_size=4)  # fmt: skip
+        return four_dme.extract_features(extractor, "challenge", **{**options, **changes})
+
+    return call
+
+
+@pytest.fixture
+def built(challenge, tmp_path):
+    """A data set that holds HOG only."""
+    return four_dme.build("challenge", data_dir=tmp_path / "data", source=challenge, columns=COLUMNS,
+                          extractors=("hog",), crop=CROP, workers=1)  # fmt: skip

@@ -5,7 +5,6 @@ import hashlib
 import json
 import os
 import shutil
-import sys
 from pathlib import Path
 
 import jax
@@ -22,60 +21,11 @@ from mer_jax.clips.frames import read_frame
 from mer_jax.clips.layouts import read_challenge
 from mer_jax.clips.views import split_views
 from mer_jax.errors import UserError
-from mer_jax.extractors import networks
 from mer_jax.study.data import load_dataset
 
-TESTS = Path(__file__).resolve().parents[2]
 COLUMNS = {"Negative": "neg"}
 CROP = CropConfig(size=96)
-
-
-@pytest.fixture(scope="module")
-def tiny_networks():
-    """The module of small networks, by the name by which workers import it."""
-    sys.path.insert(0, str(TESTS))
-    import tiny_networks
-
-    yield tiny_networks
-    sys.path.remove(str(TESTS))
-
-
-@pytest.fixture(autouse=True)
-def registered(tiny_networks, monkeypatch):
-    for name in tiny_networks.NETWORKS:
-        monkeypatch.setitem(networks.NETWORKS, name, "tiny_networks:NETWORKS")
-
-
-@pytest.fixture
-def weights(tiny_networks, tmp_path):
-    """Makes checkpoints of the tiny network, as its authors would: ``weights(seed)``."""
-    torch = pytest.importorskip("torch")
-
-    def make(seed=0, scale=1.0):
-        path = tmp_path / f"official_{seed}_{scale}.pt"
-        torch.save({k: torch.from_numpy(v) for k, v in tiny_networks.random_state(seed, scale).items()}, path)
-        return path
-
-    return make
-
-
-@pytest.fixture
-def extract(challenge, weights, tmp_path):
-    """Extracts tiny features of the hand-made challenge, unless told otherwise."""
-
-    def call(extractor="tiny", **changes):
-        options = dict(weights=weights(), data_dir=tmp_path / "data", source=challenge, columns=COLUMNS, crop=CROP,
-                       workers=1, batch_size=4)  # fmt: skip
-        return four_dme.extract_features(extractor, "challenge", **{**options, **changes})
-
-    return call
-
-
-@pytest.fixture
-def built(challenge, tmp_path):
-    """A data set that holds HOG only."""
-    return four_dme.build("challenge", data_dir=tmp_path / "data", source=challenge, columns=COLUMNS,
-                          extractors=("hog",), crop=CROP, workers=1)  # fmt: skip
+pytestmark = pytest.mark.usefixtures("registered")
 
 
 @pytest.fixture
