@@ -7,9 +7,8 @@ from collections.abc import Callable
 
 from absl import flags, logging
 
-from mer_jax.errors import UserError
+from mer_jax.errors import EXIT_USER_ERROR, UserError
 
-EXIT_USER_ERROR = 2
 EXIT_INTERRUPTED = 130
 
 

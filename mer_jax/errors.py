@@ -1,5 +1,7 @@
 """The one kind of error that a user is meant to read."""
 
+EXIT_USER_ERROR = 2  # status of a process that one has ended
+
 
 class UserError(Exception):
     """Bad input or surroundings: one line that names the file, clip or field and says what to do.

@@ -57,3 +57,25 @@ class _LineProgress(tqdm):
 
 
 _LINE = "{desc}: {n_fmt}/{total_fmt} {unit} [{elapsed} elapsed, {remaining} to go, {rate_fmt}] {postfix}"
+
+
+class Silent:
+    """Counts as a progress does and prints nothing: for a process whose work another one shows.
+
+    Attributes:
+        n: Units done.
+        initial: Those of them that were done before.
+    """
+
+    def __init__(self, **ignored):
+        self.n = self.initial = 0
+
+    def update(self, count: int) -> None:
+        """Adds ``count`` units."""
+        self.n += count
+
+    def __enter__(self) -> "Silent":
+        return self
+
+    def __exit__(self, *ignored) -> None:
+        pass

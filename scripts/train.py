@@ -13,6 +13,12 @@ from mer_jax.errors import UserError
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "Config file, such as configs/fusion.py:geometry.")
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run; runs/<name of config and overrides> by default.")
+_DISTRIBUTED = flags.DEFINE_bool(
+    "distributed", False, "All processes of this job train one study; JAX finds them (SLURM, Kubernetes, Cloud TPU)."
+)
+_COORDINATOR = flags.DEFINE_string("coordinator", None, "host:port of process 0, where JAX does not find it.")
+_NUM_PROCESSES = flags.DEFINE_integer("num_processes", None, "Number of processes, beside --coordinator.", 1)
+_PROCESS_ID = flags.DEFINE_integer("process_id", None, "This process's number from 0, beside --coordinator.", 0)
 
 
 def main(argv: list[str]) -> None:
@@ -21,11 +27,14 @@ def main(argv: list[str]) -> None:
     def run():
         if len(argv) > 1:
             raise UserError(f"unknown argument {argv[1]!r}; --help lists the flags")
+        from mer_jax.study.hosts import open_group
         from mer_jax.study.train import train
         from mer_jax.study.workdir import default_workdir
 
         overrides = config_flags.get_override_values(flags.FLAGS["config"])
-        return train(_CONFIG.value, _WORKDIR.value or default_workdir(_CONFIG.value, overrides), overrides)
+        workdir = _WORKDIR.value or default_workdir(_CONFIG.value, overrides)
+        with open_group(_DISTRIBUTED.value, _COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value) as group:
+            return train(_CONFIG.value, workdir, overrides, group)
 
     open_door(run)
 

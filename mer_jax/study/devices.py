@@ -22,7 +22,7 @@ def select_devices(platform: str) -> list[jax.Device]:
         Local devices, at least one.
 
     Raises:
-        UserError: The wanted platform is not there.
+        UserError: The wanted platform is not there, or its devices are tied to those of other hosts.
     """
     if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
         # Refused where JAX is running already, with as many devices as it has.
@@ -39,6 +39,11 @@ def select_devices(platform: str) -> list[jax.Device]:
             f"{wanted}: no such device on this machine ({reason}); install the jax build for it, or set "
             "config.platform='cpu'"
         ) from error
+    if jax.process_count() > 1:  # a TPU pod joins its hosts by itself; orbax would save in the first of them alone
+        raise UserError(
+            f"JAX joins the devices of {jax.process_count()} hosts into one, but each host trains on its own; on a TPU "
+            "pod set TPU_PROCESS_BOUNDS=1,1,1 and TPU_CHIPS_PER_PROCESS_BOUNDS to the chips of one host"
+        )
     # Small arrays that are made before training belong there too, not on an accelerator that was not asked for.
     jax.config.update("jax_default_device", devices[0])
     return devices

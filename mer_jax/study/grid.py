@@ -20,6 +20,7 @@ from mer_jax.files import TEMPORARY_SUFFIX, exclusive
 from mer_jax.models.fusion import FUSIONS
 from mer_jax.study.data import FeatureMap, StudyData, load_dataset
 from mer_jax.study.grid_rows import GRID_FILENAME, MODALITIES, Row, make_rows, read_rows, write_rows
+from mer_jax.study.hosts import Group
 from mer_jax.study.results import FILENAME
 from mer_jax.study.summary import write_summary
 from mer_jax.study.train import _load_maps, refuse_busy, say, shuffle_labels, train_study, validate_study
@@ -44,7 +45,7 @@ def row_config(config: ConfigDict, row: Row) -> ConfigDict:
     return made
 
 
-def train_grid(config: ConfigDict, workdir: Path, overrides: Mapping) -> int:
+def train_grid(config: ConfigDict, workdir: Path, overrides: Mapping, group: Group) -> int:
     """Trains all rows of a grid, or goes on with them, and writes the report of the whole.
 
     Rows that are finished are not trained again. Where the data set has gained features since, a grid that takes all
@@ -54,6 +55,7 @@ def train_grid(config: ConfigDict, workdir: Path, overrides: Mapping) -> int:
         config: A config with ``cross``, as made by ``configs/fusion_grid.py``.
         workdir: Folder of the grid.
         overrides: Fields given on the command line, for the record.
+        group: The processes that train it together, row by row.
 
     Returns:
         Exit status: 0, or 128 + the number of the signal that stopped it after its checkpoints were saved.
@@ -61,7 +63,10 @@ def train_grid(config: ConfigDict, workdir: Path, overrides: Mapping) -> int:
     Raises:
         UserError: Bad config or data; the message names the field, clip or file.
     """
+    group.begin()
     _validate(config)
+    if not group.leads:
+        return _train_along(config, workdir, group)
     check_workdir(config, workdir)
     with exclusive(workdir, functools.partial(refuse_busy, workdir)):
         for stale in workdir.glob(f".*{TEMPORARY_SUFFIX}"):  # left by a kill
@@ -81,11 +86,27 @@ def train_grid(config: ConfigDict, workdir: Path, overrides: Mapping) -> int:
         # Only now: a first run that its input stopped binds the folder to nothing.
         start_workdir(config, workdir, overrides)
         write_rows(workdir, rows)
-        status = _train_rows(configs, workdir, overrides, data)
+        todo = [row for row in rows if not _is_done(workdir / row.name)]
+        fields = [dataclasses.asdict(row) for row in rows]
+        group.tell("rows", rows=fields, todo=[rows.index(row) for row in todo], version_dir=data and str(version_dir))
+        status = _train_rows(configs, todo, workdir, overrides, data, group)
         if status:
             return status
         _report(workdir, demo=config.data.dataset.endswith("/demo"))
+    group.tell("grid finished")
     return 0
+
+
+def _train_along(config: ConfigDict, workdir: Path, group: Group) -> int:
+    """:func:`train_grid` in all processes but the first."""
+    told = group.wait("rows", [0])[0]
+    rows = [Row(**fields) for fields in told["rows"]]
+    data = _load(config, rows, Path(told["version_dir"])) if told["version_dir"] else None
+    configs = {row: row_config(config, row) for row in rows}
+    status = _train_rows(configs, [rows[number] for number in told["todo"]], workdir, {}, data, group)
+    if not status:
+        group.wait("grid finished", [0])
+    return status
 
 
 def _validate(config: ConfigDict) -> None:
@@ -181,24 +202,30 @@ def _of_row(data: StudyData, row: Row) -> StudyData:
     return dataclasses.replace(data, features={m: data.features[name] for m, name in of_row.items() if name})
 
 
-def _train_rows(configs: Mapping[Row, ConfigDict], workdir: Path, overrides: Mapping, data: StudyData | None) -> int:
+def _train_rows(
+    configs: Mapping[Row, ConfigDict],
+    todo: Sequence[Row],
+    workdir: Path,
+    overrides: Mapping,
+    data: StudyData | None,
+    group: Group,
+) -> int:
     told = {key: value for key, value in overrides.items() if not key.startswith("cross.")}
     seconds: list[float] = []
-    todo = [row for row in configs if not _is_done(workdir / row.name)]
-    for row, config in configs.items():
-        if row not in todo:
-            continue
+    for row in todo:
         left = len(todo) - len(seconds)
         eta = f", about {_duration(left * float(np.mean(seconds)))} to go" if seconds else ""
-        say(f"row {list(configs).index(row) + 1} of {len(configs)}, {left} left{eta}: {row.name}")
+        if group.leads:
+            say(f"row {list(configs).index(row) + 1} of {len(configs)}, {left} left{eta}: {row.name}")
         began = time.monotonic()
         status = train_study(
-            config,
+            configs[row],
             workdir / row.name,
             told,
             _report_row,
             data and _of_row(data, row),
             _maps_of_others(workdir, row, configs),
+            group,
         )
         if status:
             return status

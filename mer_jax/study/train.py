@@ -4,11 +4,12 @@ import concurrent.futures
 import contextlib
 import dataclasses
 import functools
+import itertools
 import json
 import os
-import queue
 import shutil
 import signal
+import socket
 import sys
 import threading
 import time
@@ -16,16 +17,15 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
 from mer_jax.clips.flow import CHANNELS
-from mer_jax.errors import UserError
+from mer_jax.errors import EXIT_USER_ERROR, UserError
 from mer_jax.files import TEMPORARY_SUFFIX, atomic_savez, atomic_write_bytes, atomic_write_text, exclusive
 from mer_jax.models.registry import Learner, build_learner
 from mer_jax.parallel import available_processors
-from mer_jax.progress import progress
+from mer_jax.progress import Silent, progress
 from mer_jax.study import engine, shown
 from mer_jax.study.checkpoints import BlockCheckpoints, save_tree
 from mer_jax.study.config import validate
@@ -43,7 +43,9 @@ from mer_jax.study.data import (
 from mer_jax.study.devices import select_devices
 from mer_jax.study.folds import inner_split, make_folds
 from mer_jax.study.held_out import resolve_evaluation
+from mer_jax.study.hosts import Group, LostProcess
 from mer_jax.study.members import Member, make_members, member_key
+from mer_jax.study.memory import MemoryPlan, free_bytes, is_out_of_memory, plan_memory
 from mer_jax.study.results import FILENAME, StudyResults
 from mer_jax.study.summary import write_summary
 from mer_jax.study.workdir import check_data, check_workdir, start_workdir, write_tables
@@ -55,32 +57,47 @@ _ACCELERATOR_BLOCK = 128
 _TURNS_BLOCK = 2
 # A stopped run must be gone in 10 s; a worker that is inside a compilation cannot be asked to hurry.
 _GRACE_SECONDS = 8.0
+# Where another process was lost, nobody stands by: the call at work may end, and is saved.
+_LOSS_GRACE_SECONDS = 60.0
+# A file that another machine has written may stay unseen for as long as a network file system keeps its lists.
+_SHARED_SECONDS = 90.0
 _MAPS = "feature_maps.npz"
+_BLOCKS = "blocks.json"
 PHASES = ("onset_apex", "apex_offset")
 _HISTORY = ("train_loss", "inner_loss", "heldout_loss")
 
 
-def train(config: ConfigDict, workdir: str | os.PathLike, overrides: Mapping | None = None) -> int:
+def train(
+    config: ConfigDict, workdir: str | os.PathLike, overrides: Mapping | None = None, group: Group | None = None
+) -> int:
     """Trains the study of a config, or goes on with it, and writes its report.
 
     Args:
         config: As made by a file of ``configs/``.
         workdir: Folder of the run; a finished run in it is only reported again, an unfinished one goes on.
         overrides: Fields given on the command line, for the record.
+        group: The processes that train it together, each of which calls this function; the folder and the data set
+            are on a file system that all of them see. By default this process alone.
 
     Returns:
         Exit status: 0, or 128 + the number of the signal that stopped the run after its checkpoints were saved.
 
     Raises:
-        UserError: Bad config or data; the message names the field, clip or file.
+        UserError: Bad config or data; the message names the field, clip or file. Or another process of the group was
+            lost or has failed.
     """
     workdir = Path(workdir)
+    group = group or Group()
     if "cross" in config:
         from mer_jax.study.grid import train_grid
 
-        return train_grid(config, workdir, overrides or {})
-    status = train_study(config, workdir, overrides or {}, functools.partial(_report, config))
-    return 0 if (workdir / FILENAME).is_file() else status
+        status = train_grid(config, workdir, overrides or {}, group)
+    else:
+        status = train_study(config, workdir, overrides or {}, functools.partial(_report, config), group=group)
+        status = 0 if (workdir / FILENAME).is_file() else status
+    if status:
+        group.fail("was stopped")
+    return status
 
 
 def train_study(
@@ -90,6 +107,7 @@ def train_study(
     report: Callable[[Path], None],
     data: StudyData | None = None,
     maps: Mapping[str, list[FeatureMap]] | None = None,
+    group: Group | None = None,
 ) -> int:
     """Trains one study, or goes on with it.
 
@@ -100,18 +118,23 @@ def train_study(
         report: Called with the folder of the finished study, which is still locked.
         data: The data set where it is in memory; None to build or find it.
         maps: Modality to maps that another study fitted on the same training folds, for a run that has none yet.
+        group: As in :func:`train`.
 
     Returns:
         0, or 128 + the number of a signal that came; the study may be finished nonetheless.
 
     Raises:
-        UserError: Bad config or data; the message names the field, clip or file.
+        UserError: Bad config or data; the message names the field, clip or file. Or another process was lost.
     """
+    group = group or Group()
+    group.begin()
     validate_study(config)
     jax.config.update("jax_default_matmul_precision", "highest")
     if config.study.compile_cache:
         jax.config.update("jax_compilation_cache_dir", config.study.compile_cache)
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+    if not group.leads:
+        return _train_along(config, workdir, group, data)
     check_workdir(config, workdir)
     status = 0
     with exclusive(workdir, functools.partial(refuse_busy, workdir)):
@@ -130,10 +153,48 @@ def train_study(
             # Only now: a first run that its input stopped binds the folder to nothing.
             start_workdir(config, workdir, overrides)
             check_data(workdir, data)
-            status = _train_members(config, workdir, plan, learner, devices)
+            status = _train_members(config, workdir, plan, learner, devices, group)
+        else:
+            group.tell("ready", finished=True)
         if not status or (workdir / FILENAME).is_file():
             report(workdir)
+            group.tell("finished")
     return status
+
+
+def _train_along(config: ConfigDict, workdir: Path, group: Group, data: StudyData | None) -> int:
+    """:func:`train_study` in all processes but the first, which prepares the folder and writes the results."""
+    devices = select_devices(config.platform)
+    _tell_devices(group, devices)
+    if not group.wait("ready", [0])[0]["finished"]:
+        _await_files(workdir, [workdir / "config.json", workdir / _BLOCKS])
+        check_workdir(config, workdir)
+        data = data or load_data(config)
+        check_data(workdir, data)
+        plan = make_plan(config, data, _load_maps(workdir))
+        model = json.dumps(config.model.to_dict())
+        learner = _learner(model, input_channels(config), len(data.label_names), devices[0].platform)
+        status = _train_members(config, workdir, plan, learner, devices, group)
+        if status:
+            return status
+    group.wait("finished", [0])
+    return 0
+
+
+def _tell_devices(group: Group, devices: Sequence[jax.Device]) -> None:
+    group.tell("devices", host=socket.gethostname(), platform=devices[0].platform, count=len(devices))
+
+
+def _await_files(workdir: Path, paths: Sequence[Path]) -> None:
+    """Waits until files of other processes can be seen here."""
+    deadline = time.monotonic() + _SHARED_SECONDS
+    while missing := [path for path in paths if not path.is_file()]:
+        if time.monotonic() > deadline:
+            raise UserError(
+                f"{missing[0]}: written by another process, but not to be seen here; --workdir={workdir} must be on a "
+                "file system that all processes share"
+            )
+        time.sleep(0.2)
 
 
 # Studies of one process that differ in their data alone, such as rows of a grid, share what is traced and compiled.
@@ -418,7 +479,7 @@ def _settled_block_size(workdir: Path, chosen: int, platform: str) -> int:
     Raises:
         UserError: The run began on another kind of device, whose results differ in their last bits.
     """
-    path = workdir / "blocks.json"
+    path = workdir / _BLOCKS
     if not path.is_file():
         atomic_write_text(path, json.dumps({"members_together": chosen, "platform": platform}) + "\n")
         return chosen
@@ -436,38 +497,107 @@ class _Stopped(Exception):
 
 
 def _train_members(
-    config: ConfigDict, workdir: Path, plan: Plan, learner: Learner, devices: Sequence[jax.Device]
+    config: ConfigDict, workdir: Path, plan: Plan, learner: Learner, devices: Sequence[jax.Device], group: Group
 ) -> int:
-    write_tables(workdir, plan.data, plan.clip_fold, plan.members)
-    _save_maps(workdir, plan.maps)
-    one_by_one = learner.one_by_one and devices[0].platform == "cpu"
-    chosen = block_size(len(plan.members), len(devices), devices[0].platform, config.study.members_together, one_by_one)
-    size = _settled_block_size(workdir, chosen, devices[0].platform)
-    blocks = [range(start, min(start + size, len(plan.members))) for start in range(0, len(plan.members), size)]
+    platform, num_members = devices[0].platform, len(plan.members)
+    one_by_one = learner.one_by_one and platform == "cpu"
+    if group.leads:
+        _tell_devices(group, devices)
+    told = group.wait("devices")
+    if {each["platform"] for each in told} != {platform}:
+        kinds = ", ".join(f"{each['platform']} on {each['host']}" for each in told)
+        raise UserError(f"the processes are of different kinds ({kinds}); set config.platform to one that all have")
     if one_by_one and len(devices) == 1:
         devices = list(devices) * available_processors()  # a thread a core, each with a member of its own
-    devices = devices[: len(blocks)]
-    folds = len({member.fold for member in plan.members})
-    say(
-        f"{config.name}: {len(plan.members)} members ({folds} folds x {len(plan.members) // folds}), {size} "
-        f"{'in turn' if one_by_one else 'together'} in one program, on {len(set(devices))} {devices[0].platform} "
-        f"device{'s' if len(set(devices)) > 1 else ''}"
-    )
+    sharing = sum(each["count"] for each in told if each["host"] == socket.gethostname()) - told[group.index]["count"]
     programs = _programs(learner, plan.recipe, plan.num_steps, plan.last_batch, one_by_one)
+
+    def fit(wanted: int) -> MemoryPlan:
+        used = devices[: -(-num_members // wanted)]
+        return plan_memory(
+            programs,
+            plan.arrays,
+            plan.inputs[0],
+            config.study.epochs_per_call,
+            sorted(set(used), key=lambda device: device.id),
+            wanted,
+            free_bytes(used[0], sharing + len(used)),
+        )
+
+    memory = None
+    if group.leads:
+        write_tables(workdir, plan.data, plan.clip_fold, plan.members)
+        _save_maps(workdir, plan.maps)
+        total = sum(each["count"] for each in told)
+        wanted = block_size(num_members, total, platform, config.study.members_together, one_by_one)
+        if not (config.study.members_together or (workdir / _BLOCKS).is_file()):
+            memory = fit(wanted)
+            wanted = memory.together
+        size = _settled_block_size(workdir, wanted, platform)
+        blocks = _blocks(num_members, size)
+        _gather_metrics(workdir, plan, blocks)
+        group.tell("ready", finished=False)
+    else:
+        size = json.loads((workdir / _BLOCKS).read_text())["members_together"]
+        blocks = _blocks(num_members, size)
+    devices = devices[: len(blocks)]
+    if memory is None or memory.together != size:
+        memory = fit(size)
+    folds = len({member.fold for member in plan.members})
+    used = len(set(devices))
+    say(
+        f"{config.name}: {num_members} members ({folds} folds x {num_members // folds}), {memory.together} "
+        f"{'in turn' if one_by_one else 'together'} in one program, on {used} {platform} "
+        f"device{'s' if used > 1 else ''}"
+        f"{f' of process {group.index} of {group.count}' if group.count > 1 else ''} ({_memory_use(memory)})"
+    )
     stop = threading.Event()
-    with progress(total=len(plan.members) * plan.recipe.epochs, desc="training", unit="member-epochs") as bar:
-        runner = _BlockRunner(config, workdir, plan, programs, size, stop, bar)
-        signum = _run_on_devices(runner, blocks, devices, stop)
+    show = progress if group.leads else Silent
+    with show(total=num_members * plan.recipe.epochs, desc="training", unit="member-epochs") as bar:
+        runner = _BlockRunner(config, workdir, plan, programs, size, stop, bar, group)
+        runner.together.update(dict.fromkeys(devices, memory.together))
+        runner.epochs.update(memory.epochs)
+        own, dealt = _first_blocks([each["count"] for each in told], group.index)
+        signum = _run_on_devices(runner, blocks, devices, stop, group, own, dealt)
     if signum and not all(block_path(workdir, number).is_file() for number in range(len(blocks))):
         name = signal.Signals(signum).name
+        group.fail(f"was stopped by {name}")
         say(f"stopped by {name}; checkpoints are in {workdir / 'checkpoints'}; run the same command again to go on")
         return 128 + signum
-    _assemble(workdir, plan, blocks, learner)
+    if group.leads:
+        _await_files(workdir, [block_path(workdir, number) for number in range(len(blocks))])
+        _assemble(workdir, plan, blocks, learner)
     return 128 + signum if signum else 0
 
 
-def _run_on_devices(runner, blocks, devices, stop: threading.Event) -> int:
-    """One thread a device, each taking the next block; returns the number of a signal that stopped it, or 0."""
+def _blocks(num_members: int, size: int) -> list[range]:
+    return [range(start, min(start + size, num_members)) for start in range(0, num_members, size)]
+
+
+def _first_blocks(counts: Sequence[int], index: int) -> tuple[list[int], int]:
+    """Deals the first blocks out, one a device, round the processes; the rest goes to whoever is free.
+
+    Args:
+        counts: Number of devices of each process.
+        index: This process.
+
+    Returns:
+        The first block of each of its devices, and the number of blocks that are dealt out so.
+    """
+    places = sorted((device, process) for process, count in enumerate(counts) for device in range(count))
+    return [places.index((device, index)) for device in range(counts[index])], len(places)
+
+
+def _memory_use(memory: MemoryPlan) -> str:
+    needed = f"{memory.needed / 2**30:.2g} GiB"
+    return f"{needed} of {memory.free / 2**30:.3g} GiB each" if memory.free else f"{needed} each"
+
+
+def _run_on_devices(runner, blocks, devices, stop: threading.Event, group: Group, own: list[int], dealt: int) -> int:
+    """One thread a device, each taking its own block, then the group's next; returns a stopping signal's number, or 0.
+
+    All processes of the group leave together, so that each learns of what happens to another.
+    """
     received: list[int] = []
 
     def on_signal(signum, frame):
@@ -475,18 +605,14 @@ def _run_on_devices(runner, blocks, devices, stop: threading.Event) -> int:
         received.append(signum)
         stop.set()
 
-    waiting: queue.SimpleQueue = queue.SimpleQueue()
-    for number, rows in enumerate(blocks):
-        waiting.put((number, rows))
-
-    def work(device):
+    def work(device, number):
         with jax.default_device(device):
             while not stop.is_set():
-                try:
-                    number, rows = waiting.get_nowait()
-                except queue.Empty:
+                number = dealt + group.claim() if number is None else number
+                if number >= len(blocks):
                     return
-                runner.run(number, rows, device)
+                runner.run(number, blocks[number], device)
+                number = None
 
     main_thread = threading.current_thread() is threading.main_thread()
     handled = (signal.SIGTERM, signal.SIGINT) if main_thread else ()
@@ -494,23 +620,39 @@ def _run_on_devices(runner, blocks, devices, stop: threading.Event) -> int:
     pool = concurrent.futures.ThreadPoolExecutor(len(devices), thread_name_prefix="device")
     failure = None
     try:
-        futures = [pool.submit(work, device) for device in devices]
-        pending, deadline = set(futures), None
-        while pending:
+        first = itertools.chain(own, itertools.repeat(None))
+        futures = [pool.submit(work, device, number) for device, number in zip(devices, first, strict=False)]
+        pending, deadline, trained, ended = set(futures), None, False, False
+        while pending or not (ended or stop.is_set() or failure):
             done, pending = concurrent.futures.wait(pending, timeout=0.2)
             for future in done:
                 error = future.exception()
                 if error is not None and not isinstance(error, _Stopped):
                     failure = failure or error
                     stop.set()  # the other devices save and stop
-            if received:
-                deadline = deadline or time.monotonic() + _GRACE_SECONDS
-                if time.monotonic() > deadline:
-                    say(
-                        f"stopped by {signal.Signals(received[0]).name} in the middle of a long call; the last "
-                        "checkpoints are kept; run the same command again to go on"
-                    )
-                    os._exit(128 + received[0])
+            if not pending and not stop.is_set():
+                if not trained:
+                    group.tell("trained")
+                    trained = True
+                ended = group.told("trained") is not None
+                if not ended:
+                    time.sleep(0.2)
+            runner.show_others()
+            try:
+                group.check()
+            except LostProcess as error:
+                failure = failure or error
+                stop.set()
+            if received or isinstance(failure, LostProcess):
+                grace = _GRACE_SECONDS if received else _LOSS_GRACE_SECONDS
+                deadline = deadline or time.monotonic() + grace
+            if deadline and time.monotonic() > deadline:
+                what = f"stopped by {signal.Signals(received[0]).name}" if received else f"error: {failure}"
+                say(
+                    f"{what} in the middle of a long call; the last checkpoints are kept; run the same command again "
+                    "to go on"
+                )
+                os._exit(128 + received[0] if received else EXIT_USER_ERROR)
     finally:
         pool.shutdown(wait=True)
         for signum, handler in previous.items():
@@ -523,35 +665,53 @@ def _run_on_devices(runner, blocks, devices, stop: threading.Event) -> int:
 class _BlockRunner:
     """Trains one block of members at a time on one device; blocks share nothing but the compiled programs."""
 
-    def __init__(self, config, workdir, plan, programs, size, stop, bar):
+    def __init__(self, config, workdir, plan, programs, size, stop, bar, group):
         self._config, self._workdir, self._plan = config, workdir, plan
-        self._programs, self._size, self._stop, self._bar = programs, size, stop, bar
+        self._programs, self._size, self._stop, self._bar, self._group = programs, size, stop, bar, group
+        self.together: dict[jax.Device, int] = {}  # members in one call
+        self.epochs: dict[jax.Device, Callable] = {}  # compiled for so many
         self._lock = threading.Lock()
         self._arrays: dict[jax.Device, engine.Arrays] = {}  # the data, once on each device
+        self._counted: dict[int, int] = {}  # member-epochs of each block
+        self._others = 0
 
     def run(self, number: int, rows: range, device: jax.Device) -> None:
         """Trains members ``rows``, from their newest checkpoint where there is one.
 
+        Where the device has too little memory after all, it goes on from there with half of the members in a call.
+
         Raises:
             _Stopped: A signal came; what was reached is saved.
-            UserError: Results cannot be written, or the device has too little memory.
+            UserError: Results cannot be written, or the device has too little memory for one member.
         """
-        try:
-            self._run(number, rows, device)
-        except jax.errors.JaxRuntimeError as error:
-            if "RESOURCE_EXHAUSTED" not in str(error):
-                raise
-            raise UserError(
-                f"{device}: too little memory for {self._size} members together; set config.study.members_together "
-                "to fewer, with another --workdir"
-            ) from error
+        while True:
+            together = self.together[device]
+            try:
+                return self._run(number, rows, device)
+            except jax.errors.JaxRuntimeError as error:
+                if not is_out_of_memory(error):
+                    raise
+                reason = str(error).strip().splitlines()[0][:200]
+            # Only here: the exception holds on to the arrays of the call that failed.
+            if together == 1:
+                raise UserError(
+                    f"{device}: too little memory for a single member ({reason}); end what else uses this device, or "
+                    "set a smaller config.train.batch_size, with another --workdir"
+                )
+            with self._lock:
+                self.together[device] = min(self.together[device], -(-together // 2))
+                self.epochs.pop(device, None)
+            say(
+                f"{device}: too little memory for {together} members together; goes on from the last checkpoint with "
+                f"{self.together[device]}"
+            )
 
     def _run(self, number: int, rows: range, device: jax.Device) -> None:
         plan, epochs = self._plan, self._plan.recipe.epochs
         checkpoints = BlockCheckpoints(self._workdir / "checkpoints" / f"block_{number:04d}")
         if block_path(self._workdir, number).is_file():
             checkpoints.remove()  # a kill may have come before they were
-            self._skip(len(rows) * epochs)
+            self._count(number, len(rows) * epochs, trained=False)
             return
         if device not in self._arrays:
             self._arrays[device] = jax.device_put(plan.arrays, device)
@@ -559,28 +719,37 @@ class _BlockRunner:
         # The last block is filled up with copies of its first member, so that all blocks run the same program.
         padded = [*rows, *[rows[0]] * (self._size - len(rows))]
         members = jax.device_put(engine.stack_members([plan.inputs[row] for row in padded]), device)
+        together, train_epochs = self.together[device], self.epochs.get(device, self._programs.epochs)
+        over_parts = functools.partial(_over_parts, together, device)
         history = _empty_history(self._size, epochs, plan)
         epoch = checkpoints.latest() or 0
         if epoch:
             state = jax.eval_shape(self._programs.init, arrays, members)
             abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), {"state": state, **history})
             saved = checkpoints.restore(epoch, abstract)
-            state = jax.device_put(saved.pop("state"), device)
+            state = saved.pop("state")
+            if together >= self._size:
+                state = jax.device_put(state, device)
             history = {name: np.array(values) for name, values in saved.items()}
         else:
-            state = self._programs.init(arrays, members)
+            state = over_parts(functools.partial(self._programs.init, arrays), members)
         self._forget_after([plan.members[row].id for row in rows], epoch)
-        self._skip(len(rows) * epoch)
+        self._count(number, len(rows) * epoch, trained=False)
         saved_at = time.monotonic()
         stride = self._config.study.epochs_per_call
         while epoch < epochs and not bool(np.all(state.stopped | (state.diverged_at >= 0))):
             count = min(stride, epochs - epoch)
-            numbers = jnp.arange(epoch + 1, epoch + 1 + stride, dtype=jnp.int32)  # beyond the last they do nothing
-            state, watch = self._programs.epochs(arrays, members, state, numbers)
+            # Beyond the last they do nothing.
+            numbers = jax.device_put(np.arange(epoch + 1, epoch + 1 + stride, dtype=np.int32), device)
+            state, watch = over_parts(
+                lambda members, state, numbers=numbers: train_epochs(arrays, members, state, numbers),
+                members,
+                state,
+            )
             _record(history, watch, epoch, count)
             epoch += count
             self._log(rows, history, epoch - count, epoch)
-            self._update(len(rows) * count)
+            self._count(number, len(rows) * epoch, trained=True)
             if self._stop.is_set():
                 checkpoints.save(epoch, {"state": jax.device_get(state), **history})
                 raise _Stopped
@@ -588,15 +757,13 @@ class _BlockRunner:
                 saved_at = time.monotonic()
                 with _kept_going():
                     checkpoints.save(epoch, {"state": jax.device_get(state), **history})
-        self._skip(len(rows) * (epochs - epoch))
-        self._save_block(number, rows, arrays, members, state, history)
+        self._count(number, len(rows) * epochs, trained=False)
+        results = over_parts(functools.partial(self._programs.finish, arrays), members, state)
+        self._save_block(number, rows, results, state, history)
         checkpoints.remove()
 
-    def _save_block(self, number, rows, arrays, members, state, history) -> None:
-        results = {
-            name: np.asarray(value)[: len(rows)]
-            for name, value in self._programs.finish(arrays, members, state).items()
-        }
+    def _save_block(self, number, rows, results, state, history) -> None:
+        results = {name: np.asarray(value)[: len(rows)] for name, value in results.items()}
         diverged_at = np.asarray(state.diverged_at)[: len(rows)]
         for row, step in zip(rows, diverged_at, strict=True):
             if step >= 0:
@@ -612,40 +779,102 @@ class _BlockRunner:
             best_epoch=np.asarray(state.best_epoch)[: len(rows)],
         )
 
-    def _update(self, count: int) -> None:
+    def _count(self, number: int, reached: int, trained: bool) -> None:
+        """Shows that a block has come to ``reached`` member-epochs; what needed no training is not taken for speed."""
         with self._lock:
+            count = reached - self._counted.get(number, 0)
+            self._counted[number] = reached
+            if not trained:
+                self._bar.initial += count
             self._bar.update(count)
+            self._group.tell_done(sum(self._counted.values()))
 
-    def _skip(self, count: int) -> None:
-        """Counts what needs no training, without taking it for speed."""
+    def show_others(self) -> None:
+        """Shows what the other processes have done."""
         with self._lock:
-            self._bar.initial += count
-            self._bar.update(count)
+            done = self._group.done_by_others()
+            if done != self._others:
+                self._bar.update(done - self._others)
+                self._others = done
 
     def _forget_after(self, ids: Sequence[str], epoch: int) -> None:
         """Drops lines of epochs that are about to be trained again, and one that a kill cut short."""
-        path = self._workdir / "metrics.jsonl"
+        path = _metrics_path(self._workdir, self._group.index)
         with self._lock:
-            if not path.is_file():
-                return
-            kept = []
-            for line in path.read_text().splitlines(keepends=True):
-                with contextlib.suppress(ValueError):
-                    row = json.loads(line)
-                    if row["member"] not in ids or row["epoch"] <= epoch:
-                        kept.append(line)
-            atomic_write_text(path, "".join(kept))
+            if path.is_file():
+                atomic_write_text(path, "".join(_metrics_until([path], dict.fromkeys(ids, epoch))))
 
     def _log(self, rows, history, first, last) -> None:
         """Appends one line a member and epoch."""
         lines = _metric_lines([self._plan.members[row].id for row in rows], history, first, last)
-        path = self._workdir / "metrics.jsonl"
+        path = _metrics_path(self._workdir, self._group.index)
         with self._lock, _kept_going():
             try:
                 with path.open("a") as stream:
                     stream.write("".join(lines))
             except OSError as error:
                 raise UserError(f"{path}: cannot be written ({error.strerror}); free space there") from error
+
+
+def _over_parts(together: int, device: jax.Device, function: Callable, *trees):
+    """Calls ``function`` with at most ``together`` members at a time.
+
+    Args:
+        together: The number.
+        device: Where.
+        function: From trees with a leading member axis to such a tree; it may donate its last argument.
+        *trees: Of all members.
+
+    Returns:
+        The result for all members: on the device where they were called at once, on the host otherwise, for then the
+        device has room for those alone that are at work.
+    """
+    size = len(jax.tree.leaves(trees)[0])
+    if together >= size:
+        return function(*trees)
+    parts = []
+    for start in range(0, size, together):
+        index = np.minimum(np.arange(start, start + together), size - 1)  # the last part is filled up
+        part = jax.device_put(jax.tree.map(lambda x, index=index: x[index], trees), device)
+        kept = min(together, size - start)
+        parts.append(jax.tree.map(lambda x, kept=kept: x[:kept], jax.device_get(function(*part))))
+    return jax.tree.map(lambda *leaves: np.concatenate(leaves), *parts)
+
+
+def _metrics_path(workdir: Path, index: int) -> Path:
+    """Where process ``index`` tells about epochs: no two of them append to one file."""
+    return workdir / (f"metrics.{index}.jsonl" if index else "metrics.jsonl")
+
+
+def _all_metrics(workdir: Path) -> list[Path]:
+    return [workdir / "metrics.jsonl", *sorted(workdir.glob("metrics.*.jsonl"))]
+
+
+def _metrics_until(paths: Sequence[Path], epochs: Mapping[str, int]) -> list[str]:
+    """Lines of members up to their epoch in ``epochs`` (all of them, without one); a line that was cut short is out."""
+    kept = []
+    for line in itertools.chain.from_iterable(path.read_text().splitlines(keepends=True) for path in paths):
+        with contextlib.suppress(ValueError):
+            row = json.loads(line)
+            if row["epoch"] <= epochs.get(row["member"], row["epoch"]):
+                kept.append(line)
+    return kept
+
+
+def _gather_metrics(workdir: Path, plan: Plan, blocks: Sequence[range]) -> None:
+    """Brings together what the processes of an earlier start told, without what their checkpoints do not hold."""
+    paths = [path for path in _all_metrics(workdir) if path.is_file()]
+    if not paths:
+        return
+    reached = {}
+    for number, rows in enumerate(blocks):
+        if not block_path(workdir, number).is_file():
+            epoch = BlockCheckpoints(workdir / "checkpoints" / f"block_{number:04d}").latest() or 0
+            reached.update({plan.members[row].id: epoch for row in rows})
+    atomic_write_text(workdir / "metrics.jsonl", "".join(_metrics_until(paths, reached)))
+    for path in paths:
+        if path.name != "metrics.jsonl":
+            path.unlink()
 
 
 @contextlib.contextmanager
@@ -769,6 +998,8 @@ def _assemble(workdir: Path, plan: Plan, blocks: Sequence[range], learner: Learn
     )
     atomic_write_bytes(workdir / "metrics.jsonl", "".join(lines).encode())
     results.save(workdir / FILENAME)
+    for path in _all_metrics(workdir)[1:]:
+        path.unlink()
     shutil.rmtree(block_path(workdir, 0).parent, ignore_errors=True)
 
 

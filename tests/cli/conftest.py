@@ -208,8 +208,8 @@ def door(tmp_path):
 def train(door):
     """Opens scripts/train.py with fields of the config."""
 
-    def open_train(overrides: dict, workdir: str | None = None, **others) -> Door:
-        return door("train.py", *train_arguments(overrides, workdir), **others)
+    def open_train(overrides: dict, workdir: str | None = None, flags: tuple[str, ...] = (), **others) -> Door:
+        return door("train.py", *train_arguments(overrides, workdir), *flags, **others)
 
     return open_train
 
