@@ -1,0 +1,89 @@
+"""A device that runs out of memory in the middle of a study costs time, and no bit of any result."""
+
+import dataclasses
+import runpy
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+import mer_jax.study.train as train_module
+from mer_jax.errors import UserError
+
+FUSION = Path(__file__).resolve().parents[2] / "configs" / "fusion.py"
+FIVE = {
+    "study.only_folds": (0,),
+    "study.num_seeds": 5,
+    "study.members_together": 5,
+    "study.checkpoint_seconds": 0,
+    "train.epochs": 5,
+    "evaluation.thresholds": "fixed",
+}
+
+
+@pytest.fixture
+def trained(challenge, tmp_path, monkeypatch, capsys):
+    """Trains five members in this process, in ``workdir``; some calls of the block fail."""
+    names = ("jax_default_matmul_precision", "jax_compilation_cache_dir", "jax_default_device")
+    kept = {name: getattr(jax.config, name) for name in names}
+    plan_memory, make_programs = train_module.plan_memory, train_module.engine.make_programs
+
+    def run(workdir, failing=(), **overrides):
+        calls = []
+
+        def scarce(function):
+            def call(arrays, members, *others):
+                calls.append(len(members.fold))
+                if len(calls) in failing:
+                    raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 9 bytes.\nMore")
+                return function(arrays, members, *others)
+
+            call.lower = getattr(function, "lower", None)
+            return call
+
+        def planned(*arguments):
+            plan = plan_memory(*arguments)
+            return dataclasses.replace(plan, epochs={device: scarce(call) for device, call in plan.epochs.items()})
+
+        def made(*arguments):
+            programs = make_programs(*arguments)
+            return programs._replace(epochs=scarce(programs.epochs))
+
+        config = runpy.run_path(str(FUSION))["get_config"]()
+        config.update_from_flattened_dict(challenge.overrides | FIVE | overrides)
+        with monkeypatch.context() as patch:
+            patch.setattr(train_module, "plan_memory", planned)
+            patch.setattr(train_module.engine, "make_programs", made)
+            patch.setattr(train_module, "_report", lambda *_, **__: None)
+            assert train_module.train(config, tmp_path / workdir) == 0
+        return calls, capsys.readouterr().err
+
+    yield run
+    for name, value in kept.items():
+        jax.config.update(name, value)
+
+
+def bits(workdir):
+    with np.load(workdir / "predictions.npz") as archive:
+        return {name: archive[name].tobytes() for name in archive.files}
+
+
+def test_out_of_memory_halves_the_members_and_goes_on_from_the_checkpoint(trained, tmp_path):
+    calls, told = trained("enough")
+    assert calls == [5] * 5
+    assert "5 members (1 folds x 5), 5 together in one program, on 1 cpu device (" in told and "GiB each)" in told
+    calls, told = trained("scarce", failing=(3, 5))
+    # Two epochs of five; the third fails, and again in its second part of three, which is halved to two at a time.
+    assert calls == [5, 5, 5, 3, 3, *[2, 2, 2] * 3]
+    first, second = [line for line in told.splitlines() if "too little memory" in line]
+    assert "too little memory for 5 members together; goes on from the last checkpoint with 3" in first
+    assert "too little memory for 3 members together; goes on from the last checkpoint with 2" in second
+    assert bits(tmp_path / "scarce") == bits(tmp_path / "enough")
+    lines = (tmp_path / "scarce" / "metrics.jsonl").read_text()
+    assert lines == (tmp_path / "enough" / "metrics.jsonl").read_text()
+
+
+def test_out_of_memory_for_one_member_is_one_line(trained):
+    with pytest.raises(UserError, match=r"too little memory for a single member \(RESOURCE_EXHAUSTED: .* 9 bytes.\); "):
+        trained("nothing", failing=range(9))
