@@ -40,6 +40,11 @@ def exclusive(folder: str | os.PathLike, on_busy: Callable[[], None]) -> Iterato
         except BlockingIOError:
             on_busy()
             fcntl.flock(lock, fcntl.LOCK_EX)
+        except OSError as error:  # some network file systems, as they are mounted
+            raise UserError(
+                f"{folder}: its file system has no locks ({error.strerror}), so that two runs might spoil each other's "
+                "files; mount it with locks (Lustre: -o flock), or choose another folder"
+            ) from error
         yield
     finally:
         os.close(lock)

@@ -27,7 +27,7 @@ def trained(challenge, tmp_path, monkeypatch, capsys):
     """Trains five members in this process, in ``workdir``; some calls of the block fail."""
     names = ("jax_default_matmul_precision", "jax_compilation_cache_dir", "jax_default_device")
     kept = {name: getattr(jax.config, name) for name in names}
-    plan_memory, make_programs = train_module.plan_memory, train_module.engine.make_programs
+    plan_memory, make_programs = train_module.plan_memory, train_module._programs
 
     def run(workdir, failing=(), **overrides):
         calls = []
@@ -54,7 +54,7 @@ def trained(challenge, tmp_path, monkeypatch, capsys):
         config.update_from_flattened_dict(challenge.overrides | FIVE | overrides)
         with monkeypatch.context() as patch:
             patch.setattr(train_module, "plan_memory", planned)
-            patch.setattr(train_module.engine, "make_programs", made)
+            patch.setattr(train_module, "_programs", made)
             patch.setattr(train_module, "_report", lambda *_, **__: None)
             assert train_module.train(config, tmp_path / workdir) == 0
         return calls, capsys.readouterr().err
@@ -73,12 +73,11 @@ def test_out_of_memory_halves_the_members_and_goes_on_from_the_checkpoint(traine
     calls, told = trained("enough")
     assert calls == [5] * 5
     assert "5 members (1 folds x 5), 5 together in one program, on 1 cpu device (" in told and "GiB each)" in told
-    calls, told = trained("scarce", failing=(3, 5))
-    # Two epochs of five; the third fails, and again in its second part of three, which is halved to two at a time.
-    assert calls == [5, 5, 5, 3, 3, *[2, 2, 2] * 3]
-    first, second = [line for line in told.splitlines() if "too little memory" in line]
-    assert "too little memory for 5 members together; goes on from the last checkpoint with 3" in first
-    assert "too little memory for 3 members together; goes on from the last checkpoint with 2" in second
+    calls, told = trained("scarce", failing=(4,))
+    # Three epochs of five, then the rest in two parts, the second of which is filled up.
+    assert calls == [*[5] * 4, *[3, 3] * 2]
+    (line,) = [line for line in told.splitlines() if "too little memory" in line]
+    assert "too little memory for 5 members together; goes on from the last checkpoint with 3" in line
     assert bits(tmp_path / "scarce") == bits(tmp_path / "enough")
     lines = (tmp_path / "scarce" / "metrics.jsonl").read_text()
     assert lines == (tmp_path / "enough" / "metrics.jsonl").read_text()
@@ -86,4 +85,13 @@ def test_out_of_memory_halves_the_members_and_goes_on_from_the_checkpoint(traine
 
 def test_out_of_memory_for_one_member_is_one_line(trained):
     with pytest.raises(UserError, match=r"too little memory for a single member \(RESOURCE_EXHAUSTED: .* 9 bytes.\); "):
-        trained("nothing", failing=range(9))
+        trained("nothing", failing=(1,), **{"study.num_seeds": 1})
+
+
+@pytest.mark.slow
+def test_out_of_memory_again_and_again(trained, tmp_path):
+    trained("enough")
+    calls, _ = trained("scarce", failing=(2, 4, 7))
+    # The second part of three fails, too, so that its epoch is trained again by twos, and at last one by one.
+    assert calls == [5, 5, 3, 3, 2, 2, 2, *[1] * 5 * 4]
+    assert bits(tmp_path / "scarce") == bits(tmp_path / "enough")

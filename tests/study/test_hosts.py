@@ -147,5 +147,22 @@ def test_slurm_is_found_by_jax(monkeypatch):
         assert (group.index, group.count) == (0, 1)
 
 
+@pytest.mark.parametrize(
+    "told, message",
+    [
+        ({"process_id": 1, "num_processes": 2}, "--coordinator: missing beside the other flags"),
+        ({"coordinator": "a:1"}, "--num_processes and --process_id: missing"),
+        ({"coordinator": "node1", "num_processes": 2, "process_id": 1}, "--coordinator=node1: must be host:port"),
+        (
+            {"coordinator": "a:1", "num_processes": 2, "process_id": 2},
+            r"--process_id=2: must be from 0 to --num_.* \(1\)",
+        ),
+    ],
+)
+def test_flags_that_do_not_fit(told, message):
+    with pytest.raises(UserError, match=message):
+        open_group(**told)
+
+
 def test_without_flags_there_is_no_group():
     assert open_group().count == 1 and open_group()._sentinel is None
