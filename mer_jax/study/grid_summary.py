@@ -293,7 +293,8 @@ def grid_csv(summary: Mapping[str, Any]) -> str:
         for average in AVERAGES:
             score, chance, versus = (row[key][average] for key in ("macro_f1", "chance", "minus_best"))
             cells += [score["mean"], score["sd"], *score["clip_ci"], chance and chance["mean"]]
-            cells += [versus["difference"], *versus["interval"], versus["p_value"]] if versus else [0.0, 0.0, 0.0, ""]
+            best = [0.0, None, None, None]  # against itself there is nothing to test
+            cells += [versus["difference"], *versus["interval"], versus["p_value"]] if versus else best
             cells.append(row["probability_best"][average])
         cells.append(row["macro_f1"]["fold_sd"])
         writer.writerow(["" if cell is None else cell for cell in cells])
