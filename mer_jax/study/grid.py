@@ -23,7 +23,7 @@ from mer_jax.study.grid_rows import GRID_FILENAME, MODALITIES, Row, make_rows, r
 from mer_jax.study.hosts import Group
 from mer_jax.study.results import FILENAME
 from mer_jax.study.summary import write_summary
-from mer_jax.study.train import _load_maps, refuse_busy, say, shuffle_labels, train_study, validate_study
+from mer_jax.study.train import _load_maps, _show_clips, refuse_busy, say, shuffle_labels, train_study, validate_study
 from mer_jax.study.workdir import check_data, check_workdir, start_workdir
 
 _REPORT = "report.html"
@@ -222,7 +222,7 @@ def _train_rows(
             configs[row],
             workdir / row.name,
             told,
-            _report_row,
+            functools.partial(_report_row, config),
             data and _of_row(data, row),
             _maps_of_others(workdir, row, configs),
             group,
@@ -255,10 +255,11 @@ def _maps_of_others(workdir: Path, row: Row, rows: Sequence[Row]) -> dict[str, l
     return maps
 
 
-def _report_row(workdir: Path) -> None:
+def _report_row(config: ConfigDict, workdir: Path) -> None:
     from mer_jax.report.html import write_report
 
     try:
+        _show_clips(config, workdir)
         write_summary(workdir)
         write_report(workdir)
     except UserError as error:  # such as all seeds diverged: no reason to lose the other rows
