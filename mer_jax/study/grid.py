@@ -222,7 +222,7 @@ def _train_rows(
             configs[row],
             workdir / row.name,
             told,
-            functools.partial(_report_row, config),
+            functools.partial(_report_row, configs[row]),
             data and _of_row(data, row),
             _maps_of_others(workdir, row, configs),
             group,
