@@ -133,7 +133,7 @@ def pair(kind, rng, batch=6, cache_bytes=0):
         se_stream = -1 if kind in ("no_se", "neither") else 2
         model = MicroAttNet(5, se_stream, attention=kind not in ("no_attention", "neither"), **SIZES)
         model = model.clone(cache_bytes=cache_bytes)
-    variables = signed_scales(dict(model.init(jax.random.key(0), flow)), rng)
+    variables = signed_scales(dict(jax.jit(model.init)(jax.random.key(0), flow)), rng)
     if kind == "ststnet":
         reference = TorchSTSTNet(variables["params"])
     else:
@@ -163,7 +163,7 @@ def test_outputs_and_gradients_are_pytorchs(kind, train, cache_bytes, rng):
         output, _ = model.apply({**variables, "params": params}, flow, train=train, mutable=["batch_stats"], **dropout)
         return jnp.sum(logits_of(output) * target), logits_of(output)
 
-    (_, logits), gradients = jax.value_and_grad(loss_fn, has_aux=True)(variables["params"])
+    (_, logits), gradients = jax.jit(jax.value_and_grad(loss_fn, has_aux=True))(variables["params"])
     expected = reference(torch.tensor(flow).permute(0, 3, 1, 2).double())
     (expected * torch.tensor(target)).sum().backward()
     np.testing.assert_allclose(logits, expected.detach(), rtol=1e-5, atol=1e-5)
@@ -192,10 +192,10 @@ def test_running_statistics_after_five_steps_are_pytorchs(kind, rng):
     optimiser = optax.sgd(1e-3)
     state = optimiser.init(variables["params"])
     theirs = torch.optim.SGD(reference.parameters(), 1e-3)
-    for _ in range(5):
-        flow = rng.normal(size=shape).astype(np.float32)
 
-        def loss_fn(params, variables=variables, flow=flow):
+    @jax.jit
+    def step(variables, state, flow):
+        def loss_fn(params):
             output, collections = model.apply(
                 {**variables, "params": params}, flow, train=True, mutable=["batch_stats"], **dropout
             )
@@ -203,7 +203,11 @@ def test_running_statistics_after_five_steps_are_pytorchs(kind, rng):
 
         gradients, collections = jax.grad(loss_fn, has_aux=True)(variables["params"])
         updates, state = optimiser.update(gradients, state)
-        variables = {**collections, "params": optax.apply_updates(variables["params"], updates)}
+        return {**collections, "params": optax.apply_updates(variables["params"], updates)}, state
+
+    for _ in range(5):
+        flow = rng.normal(size=shape).astype(np.float32)
+        variables, state = step(variables, state, flow)
         theirs.zero_grad()
         (reference(torch.tensor(flow).permute(0, 3, 1, 2)) ** 2).mean().backward()
         theirs.step()
@@ -226,21 +230,22 @@ def test_masked_samples_change_nothing(kind, rng):
         )
         return jnp.sum(logits_of(output)[:6] ** 2), (logits_of(output)[:6], collections)
 
-    mine, (logits, collections) = jax.grad(run, has_aux=True)(variables["params"], padded, mask)
-    want, (expected, statistics) = jax.grad(run, has_aux=True)(variables["params"], flow, jnp.ones(6, bool))
+    gradient = jax.jit(jax.grad(run, has_aux=True))
+    mine, (logits, collections) = gradient(variables["params"], padded, mask)
+    want, (expected, statistics) = gradient(variables["params"], flow, jnp.ones(6, bool))
     np.testing.assert_allclose(logits, expected, rtol=1e-5, atol=1e-5)
     for a, b in zip(jax.tree.leaves((mine, collections)), jax.tree.leaves((want, statistics)), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
 
 
 def test_ststnet_has_the_parameters_of_the_published_one():
-    variables = STSTNet(3).init(jax.random.key(0), jnp.zeros((1, 28, 28, 3)))
+    variables = jax.eval_shape(STSTNet(3).init, jax.random.key(0), jnp.zeros((1, 28, 28, 3)))
     assert sum(leaf.size for leaf in jax.tree.leaves(variables["params"])) == 1683
 
 
 def test_attention_weights_are_told_and_sum_to_one(rng):
     model, variables, _, flow = pair("micro_attnet", rng)
-    _, extras = model.apply(variables, flow)
+    _, extras = jax.jit(model.apply)(variables, flow)
     assert set(extras["attention"]) == {"streams1", "streams2"}
     for weights in extras["attention"].values():
         assert weights.shape == (6, 1, 3)
