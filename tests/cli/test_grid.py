@@ -4,6 +4,7 @@ import json
 import re
 import shutil
 import signal
+import socket
 from pathlib import Path
 
 import numpy as np
@@ -27,9 +28,9 @@ def train_grid(door, challenge, finished):
     """Opens scripts/train.py on the grid of the shared data set, which ``finished`` has built."""
     del finished
 
-    def open_grid(workdir, overrides=CROSS, **others):
+    def open_grid(workdir, overrides=CROSS, flags=(), **others):
         told = fields(challenge) | overrides
-        arguments = ["--config", ROOT / "configs" / "fusion_grid.py", f"--workdir={workdir}"]
+        arguments = ["--config", ROOT / "configs" / "fusion_grid.py", f"--workdir={workdir}", *flags]
         return door("train.py", *arguments, *(f"--config.{name}={value}" for name, value in told.items()), **others)
 
     return open_grid
@@ -107,3 +108,18 @@ def test_a_row_of_another_config_is_refused(train_grid, disturbed, finished, tmp
         "does not say whether its features 'look' are of appearance or geometry; name the features of both" in unknown
     )
     assert not (tmp_path / "new" / "config.json").exists()
+
+
+@pytest.mark.slow
+def test_two_processes_train_a_grid_row_by_row_to_the_same_bits(train_grid, finished, tmp_path):
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        where = f"127.0.0.1:{probe.getsockname()[1]}"
+    flags = ((f"--coordinator={where}", "--num_processes=2", f"--process_id={index}") for index in range(2))
+    first, second = [train_grid(tmp_path / "run", flags=each, devices=2) for each in flags]
+    assert first.end().status == second.end().status == 0, first.stderr + second.stderr
+    assert "row 3 of 3, 1 left" in first.stderr and "row 3" not in second.stderr
+    assert second.stderr.count("on 2 cpu devices of process 1 of 2") == 3 and second.stdout == ""
+    ours, theirs = (StudyResults.load(folder) for folder in (tmp_path / "run" / ROWS[2], finished))
+    assert ours.probabilities.tobytes() == theirs.probabilities.tobytes()
+    assert "Table 2: macro-F1" in first.stdout
