@@ -196,7 +196,7 @@ def pytorch_way(job: Job) -> Callable[[], None]:
         if recipe.exclusive:
             return functional.cross_entropy(logits, wanted)
         entropy = functional.binary_cross_entropy_with_logits(logits, wanted, reduction="none")
-        return ((1 - torch.exp(-entropy)) ** recipe.focal_gamma * entropy).mean()
+        return ((1 - torch.exp(-entropy)) ** config.train.focal_gamma * entropy).mean()
 
     def turn():
         for number, member in enumerate(job.plan.inputs):

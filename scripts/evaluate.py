@@ -31,6 +31,10 @@ def main() -> None:
         action=argparse.BooleanOptionalAction,
         help="drop Positive where Negative is predicted",
     )
+    group.add_argument(
+        "--selection",
+        help="what chooses among hyper-parameters on inner splits: average_precision, loss or macro_f1",
+    )
     group.add_argument("--bootstrap", type=int, help="bootstrap replicates and permutations")
     group.add_argument("--confidence", type=float, help="level of all intervals, e.g. 0.95")
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)

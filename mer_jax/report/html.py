@@ -16,6 +16,7 @@ from mer_jax.files import atomic_write_text
 from mer_jax.report import plots
 from mer_jax.report.clip_pictures import ReportPicture, write_pictures
 from mer_jax.report.plots import format_number
+from mer_jax.report.response_plot import Response, Score, response_curves
 from mer_jax.report.style import STYLE
 from mer_jax.report.tables import (
     LEAKY_EXPLANATION,
@@ -31,6 +32,7 @@ from mer_jax.report.tables import (
 )
 from mer_jax.study.held_out import clip_probabilities, decide
 from mer_jax.study.results import PHASES, TEST, UNKNOWN_LABEL, StudyResults, is_stream
+from mer_jax.study.search_summary import SELECTION_WORDS
 from mer_jax.study.shown import RULE
 from mer_jax.study.summary import SCHEMA
 
@@ -679,34 +681,117 @@ class _Page:
         return _mean_or_nan(total, weight.sum(axis=1)[..., None])
 
     def settings(self) -> str:
-        """Each hyper-parameter setting, where there are several."""
-        settings = self.summary["settings"]
-        if len(settings) < 2:
+        """What was chosen among hyper-parameters, what that gained, and how scores respond to them."""
+        search = self.summary["search"]
+        if search is None:
             return ""
-        names = list(settings[0]["hyper"])
+        settings, measure = self.summary["settings"], SELECTION_WORDS[search["selection"]]
+        folds = np.array(search["stability"]["counts"])
+        ranges = self.config.get("search", {})
+        responses = [
+            Response(
+                name,
+                np.array([setting["hyper"][name] for setting in settings], float),
+                bool(ranges.get(name)) and ranges[name][0] == "log_uniform",
+            )
+            for name in search["varied"]
+        ]
+        better = "higher" if search["higher_is_better"] else "lower"
+        inner = np.array([_floats(setting["inner"]).mean() for setting in settings])
+        heldout = _floats(setting["macro_f1"]["pooled"] for setting in settings)
+        figure = _figure(
+            response_curves(
+                responses,
+                [
+                    Score(f"inner {measure}, mean of folds ({better} is better)", "blue", inner),
+                    Score(f"held-out {self.score}, pooled: leaky to choose by", "orange", heldout),
+                ],
+                folds,
+            ),
+            "One dot per candidate and panel, mean over seeds. A study may choose on the left, never on the right. "
+            "Other hyper-parameters vary along with the one shown, so the line is their typical response, not that of "
+            "one candidate.",
+        )
+        agree = search["rank_correlation"]
+        agreement = (
+            "" if agree is None else f" Over the candidates, their rank correlation is {format_number(agree, 2)}."
+        )
+        return (
+            f"<p>{len(settings)} candidates. Each held-out fold uses the candidate of the best inner {measure}, over "
+            f"all of the fold's seeds, on inner splits of its own training clips; {self._stability_words(search)}. "
+            "The figures of this study are those of this whole procedure (nested).</p>"
+            f"{self._search_table(search)}{figure}"
+            f'<p class="note first">Inner and held-out scores need not agree.{agreement}</p>'
+            f"{self._candidates(search, inner)}"
+        )
+
+    def _stability_words(self, search: Mapping) -> str:
+        stability, folds = search["stability"], len(self.summary["folds"])
+        most = stability["most_chosen"]
+        if stability["distinct"] == 1:
+            return f"all {folds} folds chose candidate {most}"
+        return (
+            f"{folds} folds chose {stability['distinct']} different ones, candidate {most} for "
+            f"{stability['counts'][most]} of them"
+        )
+
+    def _search_table(self, search: Mapping) -> str:
+        """The nested score beside fixed values and leaky choices."""
+        honest, default = self.summary["honest"]["macro_f1"]["pooled"], search["default"]
+
+        def cells(words, score, difference=None):
+            interval = format_interval(score["clip_ci"], self.digits)
+            cell = "–"
+            if difference:
+                sign, mean, (low, high) = difference
+                low, high = sorted((sign * low, sign * high))
+                cell = f"{format_signed(sign * mean, self.digits)} {format_interval((low, high), self.digits)}"
+            return [words, format_mean(score["mean"], score["sd"], self.digits), interval, cell]
+
+        rows = [_row([*cells("nested: chosen on inner splits", honest), ""], css="key")]
+        if default:
+            gain = default["nested_minus_default"]["pooled"]
+            row = cells("candidate 0 in every fold", default["macro_f1"]["pooled"], (1, gain["mean"], gain["clip_ci"]))
+            rows.append(_row([*row, format_number(gain["p_value"])]))
+        for key, words in (
+            ("best_overall", "best of all held-out clips, for all folds"),
+            ("best_per_fold", "best of each held-out fold"),
+        ):
+            if leak := search["leaky"][key]:
+                inflation = leak["inflation"]["pooled"]
+                if key == "best_overall":
+                    words += f": candidate {leak['chosen'][0]}"
+                row = cells(words, leak["macro_f1"]["pooled"], (-1, inflation["mean"], inflation["clip_ci"]))
+                rows.append(_row([*row, ""], leaky=(1, 2, 3)))
+        columns = ["hyper-parameters", f"{self.score}, pooled<br>mean ± sd over seeds"]
+        columns += [f"{self.level} CI<br>over clips and seeds", f"nested minus it<br>{self.level} CI", "p"]
+        return _table(columns, rows) + (
+            '<p class="note first">Candidate 0 has the config&#x27;s own values (or the first of a grid that lacks '
+            "them). Hatched: leaky, chosen on the very clips that are scored.</p>"
+        )
+
+    def _candidates(self, search: Mapping, inner: np.ndarray) -> str:
+        """Every candidate with its values, scores and folds."""
+        settings = self.summary["settings"]
         rows = [
             _row(
                 [
-                    ", ".join(f"{escape(name)} {setting['hyper'][name]:g}" for name in names),
-                    str(setting["members"]),
-                    self._inner_losses(setting["inner_loss"]),
+                    f"candidate {number}",
+                    *(f"{setting['hyper'][name]:g}" for name in search["varied"]),
+                    f"{setting['members_ok']} of {setting['members']}",
+                    format_number(inner[number]),
                     format_number(setting["macro_f1"]["pooled"]),
                     self._fold_names(setting["chosen_for_folds"]),
-                ]
+                ],
+                css="key" if setting["chosen_for_folds"] else "",
+                leaky=(len(search["varied"]) + 3,),
             )
-            for setting in settings
+            for number, setting in enumerate(settings)
         ]
-        return (
-            f"<p>Each fold uses the setting of least inner loss. The {self.score} beside it chooses nothing.</p>"
-            + _table(["setting", "members", "inner loss per fold", f"{self.score}, pooled", "used for folds"], rows)
-        )
-
-    @staticmethod
-    def _inner_losses(losses: list[float] | None) -> str:
-        """Each fold's, or their mean where there are many."""
-        if losses and len(losses) > _MANY_FOLDS:
-            return f"mean {format_number(float(np.mean(losses)))}"
-        return ", ".join(map(format_number, losses or [])) or "–"
+        columns = ["", *map(escape, search["varied"]), "members<br>finished"]
+        columns += [f"inner<br>{SELECTION_WORDS[search['selection']]}", f"held-out<br>{self.score}", "used for folds"]
+        table = _table(columns, rows, leaky=(len(search["varied"]) + 3,))
+        return f"<details{' open' * (len(rows) <= 8)}><summary>All {len(rows)} candidates</summary>{table}</details>"
 
     @staticmethod
     def _fold_names(folds: list[int]) -> str:

@@ -109,6 +109,7 @@ def score_rows(summary: Mapping) -> list[Row]:
         return [
             *rows,
             *_threshold_free(summary),
+            *_search_rows(summary),
             *(
                 Row(
                     f"{name} of all seeds' mean",
@@ -139,6 +140,7 @@ def score_rows(summary: Mapping) -> list[Row]:
         ]
     rows += [_database_row(entry, "macro-F1", "macro_f1") for entry in summary["databases"][1:]]
     rows += _threshold_free(summary)
+    rows += _search_rows(summary)
     mean = ensemble["macro_f1"]["pooled"]
     references = "macro-F1 of other deciders, pooled"
     rows += [
@@ -161,6 +163,23 @@ def _database_row(entry: Mapping, name: str, figure: str) -> Row:
         score["clip_ci"],
         leaky=leaky and leaky[figure]["mean"],
     )
+
+
+def _search_rows(summary: Mapping) -> list[Row]:
+    """What other choices of hyper-parameters score, where the study chose some on inner splits."""
+    search = summary["search"]
+    if search is None:
+        return []
+    group, rows = f"Hyper-parameters chosen otherwise, {score_name(summary)}, pooled", []
+    if search["default"]:
+        score = search["default"]["macro_f1"]["pooled"]
+        rows.append(
+            Row("candidate 0 in every fold", group, score["mean"], score["sd"], score["seed_ci"], score["clip_ci"])
+        )
+    for name, words in (("best_overall", "best on held-out clips"), ("best_per_fold", "best on each held-out fold")):
+        if leak := search["leaky"][name]:
+            rows.append(Row(words, group, None, leaky=leak["macro_f1"]["pooled"]["mean"]))
+    return rows
 
 
 def _threshold_free(summary: Mapping) -> list[Row]:

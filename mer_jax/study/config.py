@@ -12,6 +12,7 @@ from mer_jax.evaluation.thresholds import TUNED_MODES
 from mer_jax.study.engine import OPTIMISERS, SCHEDULES
 from mer_jax.study.held_out import resolve_evaluation
 from mer_jax.study.members import HYPER_NAMES
+from mer_jax.study.search import validate_search
 
 # A run may go on under other values of these. The platform is checked by itself, by what it turned out to be.
 NEUTRAL_FIELDS = ("platform", "study.checkpoint_seconds", "study.compile_cache", "data.workers", "report.pictures")
@@ -34,6 +35,7 @@ def base_config() -> ConfigDict:
     config.study.first_seed = 0
     config.study.only_folds = ()  # train these folds only; () trains all
     config.study.num_inner = 5  # an inner split is one of so many parts of the training fold; 0 for none
+    config.study.num_candidates = 0  # points of a search, the config's own values among them; 0 for no search
     config.study.members_together = 0  # members in one compiled call on one device; 0 chooses
     config.study.epochs_per_call = 5  # epochs between two looks at the host (progress, signals, checkpoints)
     config.study.checkpoint_seconds = 20.0  # least time between two checkpoints of a block
@@ -59,6 +61,10 @@ def base_config() -> ConfigDict:
         {name: () for name in HYPER_NAMES}
     )  # values to try of each; members = folds x grid x seeds
 
+    # Ranges to draw candidates from, in place of a grid: ('uniform', low, high), ('log_uniform', low, high) or
+    # ('choice', first, second, ...); study.num_candidates says how many. Members = folds x candidates x seeds.
+    config.search = ConfigDict({name: () for name in HYPER_NAMES})
+
     config.evaluation = ConfigDict()
     config.evaluation.phases = "mean"  # a view's probability from its phases: 'mean', 'max' or 'onset_apex'
     config.evaluation.views = "mean"  # a clip's probability from its views: 'mean', 'max' or 'or'
@@ -66,6 +72,8 @@ def base_config() -> ConfigDict:
     config.evaluation.thresholds = "per_class"
     config.evaluation.fixed_threshold = (0.5,)  # one for all classes or one a class; beside tuned ones unless 0.5
     config.evaluation.negative_excludes_positive = False  # the released rule: Negative = 1 makes Positive = 0
+    # What chooses among hyper-parameters on inner splits: 'average_precision', 'loss' or 'macro_f1'.
+    config.evaluation.selection = "average_precision"
     config.evaluation.bootstrap = 2000  # replicates behind every interval
     config.evaluation.confidence = 0.95
 
@@ -141,6 +149,9 @@ def validate(config: ConfigDict) -> None:
         lambda values: all(isinstance(value, int) and value >= 0 for value in values),
         "numbers of folds, from 0",
     )
+    validate_search(config)
+    if config.train.loss != "focal" and (len(config.grid.focal_gamma) or len(config.search.focal_gamma)):
+        raise UserError("config.train.loss='bce' has no focal_gamma to try: set config.train.loss to 'focal'")
     resolve_evaluation(config.evaluation.to_dict())
     if config.study.num_inner == 0:
         if config.train.patience:

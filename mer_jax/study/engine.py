@@ -35,7 +35,7 @@ class Recipe(NamedTuple):
         schedule: ``'cosine'``: a half cosine to 0 after the warm-up; ``'constant'``.
         warmup_fraction: Share of all steps over which the learning rate rises linearly from 0.
         exclusive: Whether a sample has exactly one class (softmax) or any number of labels (sigmoids).
-        focal_gamma: Exponent of the focal loss; 0 is cross-entropy.
+        focal_gamma: Exponent of the focal loss for all members, 0 for cross-entropy; None takes each member's own.
         balanced: Whether classes weigh by the member's training samples: inversely to their frequency or, where labels
             are not exclusive, positives by negatives over positives.
         patience: Epochs without a better inner loss after which a member stops, and the best epoch is kept; 0 keeps
@@ -51,7 +51,7 @@ class Recipe(NamedTuple):
     schedule: str
     warmup_fraction: float
     exclusive: bool
-    focal_gamma: float
+    focal_gamma: float | None
     balanced: bool
     patience: int
     flip: float = 0.0
@@ -151,11 +151,14 @@ def _optimiser(recipe: Recipe, hyper: Mapping[str, jax.Array], rate: jax.Array |
     return optax.adamw(learning_rate=rate, weight_decay=hyper["weight_decay"])
 
 
-def sample_losses(recipe: Recipe, logits: jax.Array, labels: jax.Array, weight: jax.Array | None) -> jax.Array:
+def sample_losses(
+    recipe: Recipe, logits: jax.Array, labels: jax.Array, weight: jax.Array | None, hyper: Mapping[str, jax.Array]
+) -> jax.Array:
     """The loss of every sample: ``(B, C)`` logits and labels to ``(B,)``, a mean over labels or the class's own."""
+    gamma = hyper["focal_gamma"] if recipe.focal_gamma is None else recipe.focal_gamma
     if recipe.exclusive:
-        return softmax_focal_loss(logits, labels, gamma=recipe.focal_gamma, class_weight=weight)
-    losses = binary_focal_loss(logits, labels, gamma=recipe.focal_gamma, positive_weight=weight)
+        return softmax_focal_loss(logits, labels, gamma=gamma, class_weight=weight)
+    losses = binary_focal_loss(logits, labels, gamma=gamma, positive_weight=weight)
     return losses.mean(axis=-1)
 
 
@@ -323,7 +326,7 @@ def train_epoch(
             logits, collections, _ = learner.apply(
                 {**state.variables, "params": params}, inputs, sample_mask, True, member.hyper, dropout_key
             )
-            losses = sample_losses(recipe, logits, labels, weight)
+            losses = sample_losses(recipe, logits, labels, weight, member.hyper)
             loss = jnp.sum(losses * sample_mask) / jnp.maximum(jnp.sum(sample_mask), 1)
             return loss, collections
 
@@ -356,7 +359,7 @@ def train_epoch(
         loss_sums, counts = jnp.append(loss_sums, loss_sum), jnp.append(counts, count)
 
     logits, _ = predict_samples(learner, state.variables, arrays, member.fold, member.watched, recipe.batch_size)
-    losses = sample_losses(recipe, logits, arrays.labels[member.watched], weight)
+    losses = sample_losses(recipe, logits, arrays.labels[member.watched], weight, member.hyper)
     inner_loss = _masked_mean(losses, member.watched_inner)
     if recipe.patience:
         # A finite training loss may hide an overflow that only the evaluation meets; no epoch could be chosen then.

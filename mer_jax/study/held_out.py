@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from mer_jax.errors import UserError
-from mer_jax.evaluation import thresholds
+from mer_jax.evaluation import metrics, thresholds
 from mer_jax.evaluation.released import NEGATIVE, POSITIVE, exclude_positive
 from mer_jax.evaluation.views import PHASE_RULES, VIEW_RULES, combine_samples
 from mer_jax.study.results import UNKNOWN_LABEL, StudyResults
@@ -24,9 +24,13 @@ DEFAULTS: dict[str, Any] = {
     "thresholds": "per_class",
     "fixed_threshold": 0.5,
     "negative_excludes_positive": False,
+    "selection": "average_precision",
     "bootstrap": 2000,
     "confidence": 0.95,
 }
+
+# What may choose among hyper-parameter settings, and whether more of it is better.
+SELECTIONS = {"average_precision": True, "loss": False, "macro_f1": True}
 
 
 def resolve_evaluation(
@@ -39,8 +43,9 @@ def resolve_evaluation(
     Args:
         settings: Any of ``phases`` ('mean', 'max', 'onset_apex'), ``views`` ('mean', 'max', 'or'), ``thresholds``
             ('fixed', 'global', 'per_class'; 'argmax' in a multi-class study, its default there),
-            ``fixed_threshold`` (a number or one a label), ``negative_excludes_positive``, ``bootstrap``
-            (replicates and permutations), ``confidence`` in (0, 1).
+            ``fixed_threshold`` (a number or one a label), ``negative_excludes_positive``, ``selection`` (one of
+            ``SELECTIONS``, see :meth:`StudyMembers.inner_score`), ``bootstrap`` (replicates and permutations),
+            ``confidence`` in (0, 1).
         labels: Names of the study's labels; None while they are not known: then what depends on them goes
             unchecked.
         multi_class: Whether exactly one of them is present; None while that is not known.
@@ -86,6 +91,7 @@ def resolve_evaluation(
     if resolved["negative_excludes_positive"] and labels is not None:
         pair = not multi_class and {NEGATIVE, POSITIVE} <= set(labels)
         require(pair, "negative_excludes_positive", f"false where {NEGATIVE} and {POSITIVE} are not two labels")
+    require(resolved["selection"] in SELECTIONS, "selection", f"one of {', '.join(SELECTIONS)}")
     replicates = resolved["bootstrap"]
     require(
         isinstance(replicates, numbers.Integral) and replicates >= 100,
@@ -195,6 +201,16 @@ class HeldOut:
             probabilities=self.probabilities[:, order],
         )
 
+    def take_seeds(self, seeds: np.ndarray) -> "HeldOut":
+        """The same study with some of its ``seeds`` only."""
+        kept = np.isin(self.seeds, seeds)
+        return dataclasses.replace(
+            self,
+            seeds=self.seeds[kept],
+            member=self.member[:, kept],
+            probabilities=self.probabilities[kept],
+        )
+
     @property
     def fold_index(self) -> np.ndarray:
         """``(N,)`` position of each clip's fold among the folds."""
@@ -242,9 +258,13 @@ class StudyMembers:
         self.setting, self.settings = self._group_settings()
         self.tuned = evaluation["thresholds"] in thresholds.TUNED_MODES
         self._thresholds: dict[tuple[int, int], np.ndarray] = {}
+        self._inner_scores: dict[tuple[int, int], float | None] = {}
 
     def _group_settings(self) -> tuple[np.ndarray, list[dict[str, float]]]:
-        """Setting of each member, and the settings; members that differ in fold or seed alone share one."""
+        """Setting of each member, and the settings in the order of their first members.
+
+        Members that differ in fold or seed alone share a setting.
+        """
         results = self.results
         pairs = np.stack([results.member_fold, results.member_seed], axis=1)
         num_members = len(pairs)
@@ -253,8 +273,9 @@ class StudyMembers:
             return np.zeros(num_members, np.int64), [constant]
         names = sorted(results.hyper)
         values = np.stack([results.hyper[n] for n in names], axis=1) if names else np.zeros((num_members, 0))
-        rows, setting = np.unique(values, axis=0, return_inverse=True)
-        setting = setting.reshape(-1)
+        rows, first, setting = np.unique(values, axis=0, return_index=True, return_inverse=True)
+        order = np.argsort(first)
+        rows, setting = rows[order], np.argsort(order)[setting.reshape(-1)]
         if len(np.unique(np.column_stack([pairs, setting]), axis=0)) != num_members:
             raise UserError("two members share fold, seed and hyper-parameters; give the study distinct settings")
         return setting, [dict(zip(names, map(float, row), strict=True)) for row in rows]
@@ -291,8 +312,43 @@ class StudyMembers:
             )
         return self._thresholds[key]
 
+    def inner_score(self, setting: int, fold: int) -> float | None:
+        """What ``evaluation.selection`` chooses by: a figure of the inner clips of a fold's members.
+
+        Inner splits are tiny, a few clips in which rare labels may be missing, so the predictions of all seeds of the
+        fold are pooled before they are scored; the splits rotate over the training clips with the seeds.
+
+        * ``'average_precision'``, its mean over the labels (each class against the rest). What is scored in the end
+          are decisions at tuned thresholds or of the likeliest class, and like these it asks only for the right order:
+          a setting neither wins nor loses by how sure of itself it is, which ``focal_gamma``, ``dropout`` and longer
+          training change at will.
+        * ``'loss'``, see :meth:`inner_loss`: of less variance, but it takes over-confidence for error.
+        * ``'macro_f1'`` of the decisions, at thresholds tuned on these very clips: too high, for all settings alike.
+
+        Returns:
+            The figure, or None where no inner clip, or none with any of the labels, has a prediction.
+        """
+        key = (setting, int(fold))
+        if key not in self._inner_scores:
+            self._inner_scores[key] = self._inner_score(setting, fold)
+        return self._inner_scores[key]
+
+    def _inner_score(self, setting: int, fold: int) -> float | None:
+        selection = self.evaluation["selection"]
+        if selection == "loss":
+            return self.inner_loss(setting, fold)
+        truth, probabilities, mask = self.inner_rows(setting, fold)
+        if not mask.any():
+            return None
+        if selection == "average_precision":
+            score = metrics.mean_over_classes(metrics.average_precision(truth, probabilities, mask))
+        else:
+            made = decide(probabilities, self.thresholds(setting, fold), self.evaluation, self.results.labels)
+            score = metrics.macro_f1(metrics.confusion_counts(truth, made, mask))
+        return None if np.isnan(score) else float(score)
+
     def inner_loss(self, setting: int, fold: int) -> float | None:
-        """Cross-entropy of the inner clips' probabilities: the honest figure to choose settings by.
+        """Cross-entropy of the inner clips' probabilities, over all seeds of the fold.
 
         Binary and averaged over labels in a multi-label study, that of the true class in a multi-class one.
         """
@@ -305,13 +361,20 @@ class StudyMembers:
         return float(-np.where(truth, np.log(p), np.log1p(-p))[mask].mean())
 
     def choose_settings(self) -> list[int]:
-        """For each fold, of the settings whose members diverged least, the one of least inner loss."""
+        """For each fold, of the settings whose members diverged least, the one of the best inner score.
+
+        Of equals it is the first: the config's own values, if they are among them. Neither the labels nor the
+        predictions of the clips that the fold holds out take part.
+        """
+        if len(self.settings) == 1:
+            return [0] * len(self.folds)
+        sign = -1 if SELECTIONS[self.evaluation["selection"]] else 1
         chosen = []
         for fold in self.folds:
 
             def rank(setting, fold=fold):
-                loss = self.inner_loss(setting, fold)
-                return -len(self.members(setting, fold)), np.inf if loss is None else loss
+                score = self.inner_score(setting, fold)
+                return -len(self.members(setting, fold)), np.inf if score is None else sign * score
 
             chosen.append(min(range(len(self.settings)), key=rank))
         return chosen

@@ -67,8 +67,10 @@ def import_study(
     # One member a fold, which has seen all of the training fold.
     config.study.update(num_seeds=1, first_seed=0, num_inner=0, only_folds=())
     config.train.patience = 0
-    for name in config.grid:
-        config.grid[name] = ()
+    config.study.num_candidates = 0
+    for points in (config.grid, config.search):
+        for name in points:
+            points[name] = ()
     _require_published(config)
     validate(config)
     jax.config.update("jax_default_matmul_precision", "highest")

@@ -21,10 +21,12 @@ from mer_jax.evaluation import metrics, statistics, thresholds
 from mer_jax.files import atomic_write_text
 from mer_jax.study.held_out import HeldOut, StudyMembers, clip_probabilities, decide, resolve_evaluation
 from mer_jax.study.results import TEST, StudyResults
+from mer_jax.study.scorer import Scorer, sd_over_seeds
+from mer_jax.study.search_summary import SELECTION_WORDS, search_figures
 
 SUMMARY_FILENAME = "summary.json"
 CONFIG_FILENAME = "config.json"
-SCHEMA = 2
+SCHEMA = 3
 HALF_WIDTHS = (0.05, 0.03, 0.02, 0.01, 0.005)
 CURVE_THRESHOLDS = np.round(np.arange(0.01, 1.0, 0.01), 2)
 RARE = 10
@@ -74,131 +76,17 @@ _DEFINITIONS = {
     "task is multi-class or each fold is one subject.",
     "variance": "Two-way random effects on the (fold, seed) matrix of macro_f1 by the method of moments, cut off at 0. "
     "Left out where each fold is one subject: the score of a few clips says mostly which classes the subject has.",
+    "search": "Where several hyper-parameter settings were tried, each fold's is chosen on inner splits of its "
+    "training clips alone, by evaluation.selection over all its seeds, so the honest figures are nested: they score "
+    "the choosing, too. Beside them: the config's own values in every fold, and (leaky) the settings that score best "
+    "on the held-out clips themselves.",
     "seeds_needed": "Seeds for a t interval of the pooled macro_f1 of at most this half width; training noise only.",
-}
-
-# Whether exactly one label is present in a clip -> the figures of a block.
-_FIGURES: dict[bool, dict[str, Callable[[metrics.Counts], np.ndarray]]] = {
-    False: {
-        "macro_f1": metrics.macro_f1,
-        "present_absent_macro_f1": metrics.present_absent_macro_f1,
-        "uar": metrics.multilabel_uar,
-        "balanced_accuracy": metrics.balanced_accuracy,
-    },
-    True: {"macro_f1": metrics.macro_f1, "uar": metrics.multilabel_uar, "accuracy": metrics.accuracy},
 }
 
 
 def definitions(multi_class: bool) -> dict[str, str]:
     """What each figure of a summary means, in words."""
     return (_MULTI_CLASS_DEFINITIONS if multi_class else _MULTI_LABEL_DEFINITIONS) | _DEFINITIONS
-
-
-class _Scorer:
-    """Scores decisions for the same clips and seeds with one set of draws, so that figures are paired."""
-
-    def __init__(self, held: HeldOut, draws: statistics.Resampling | None = None):
-        self.held = held
-        self.names = tuple(_FIGURES[held.multi_class])
-        self.confidence = held.evaluation["confidence"]
-        self.draws = draws or statistics.make_resampling(
-            held.fold, held.people, len(held.seeds), held.evaluation["bootstrap"]
-        )
-
-    def figures(self, counts: metrics.Counts) -> np.ndarray:
-        """All K count-based figures along the last axis: those of ``names``, then F1 per label."""
-        single = [figure(counts) for figure in _FIGURES[self.held.multi_class].values()]
-        return np.concatenate([np.stack(single, axis=-1), metrics.binary_f1(counts)], axis=-1)
-
-    def by_label(self, score: Callable[[int], Any]) -> dict[str, Any]:
-        """``score`` of the place of each label's F1 among the figures."""
-        return {label: score(len(self.names) + index) for index, label in enumerate(self.held.labels)}
-
-    def only(self, rows: np.ndarray) -> "_Scorer":
-        """A scorer of the pooled clips ``rows`` alone, on the same draws, so that it is paired with the whole's."""
-        return _Scorer(self.held.take_clips(rows), self.draws._replace(clips=self.draws.clips[:, rows]))
-
-    def replicates(
-        self, decisions: np.ndarray, averages: tuple[str, ...] = ("pooled", "fold_mean")
-    ) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-        """For each average: figures of each seed ``(S, K)``, bootstrap means ``(B, K)``."""
-        held, found, draws = self.held, {}, self.draws
-        if len(decisions) != len(held.seeds):  # an ensemble has no seeds to draw
-            draws = draws._replace(seeds=np.ones((len(draws.clips), len(decisions))))
-        everything = np.ones((1, len(held.fold)))
-        args = (held.truth, decisions, held.mask)
-        for name in averages:
-            groups = held.fold if name == "fold_mean" else None
-            values = statistics.weighted_scores(*args, everything, self.figures, groups)[0]
-            found[name] = values, statistics.hierarchical_replicates(*args, draws, self.figures, groups)
-        return found
-
-    def score(self, values: np.ndarray, replicates: np.ndarray) -> dict[str, Any]:
-        """A Score: ``(S,)`` values per seed and ``(B,)`` replicates of their mean on new clips."""
-        by_seed = statistics.bootstrap_mean(values, self.draws.seeds, self.confidence)
-        return {
-            "mean": values.mean(),
-            "sd": _sd(values),
-            "seed_ci": by_seed["percentile"],
-            "seed_ci_bca": by_seed["bca"],
-            "clip_ci": self.clip_interval(replicates, values.mean()),
-            "values": values,
-        }
-
-    def clip_interval(self, replicates: np.ndarray, estimate: float) -> tuple[float, float]:
-        """The interval of a score from ``(B,)`` replicates."""
-        return statistics.centred_interval(replicates, estimate, self.confidence, bounds=(0.0, 1.0))
-
-    def block(self, decisions: np.ndarray) -> tuple[dict[str, Any], dict[str, tuple[np.ndarray, np.ndarray]]]:
-        """A Block for decisions ``(S, N, L)``, and the replicates behind it."""
-        found = self.replicates(decisions)
-
-        def pair(index):
-            return {name: self.score(v[:, index], r[:, index]) for name, (v, r) in found.items()}
-
-        held = self.held
-        counts = metrics.confusion_counts(held.truth, decisions, held.mask)
-        block = {name: pair(index) for index, name in enumerate(self.names)}
-        block["per_class_f1"] = self.by_label(pair)
-        block["confusion"] = {
-            label: {cell: getattr(counts, cell)[:, index].mean() for cell in counts._fields}
-            for index, label in enumerate(held.labels)
-        }
-        if held.multi_class:
-            matrix = np.einsum("nt,snp->tp", held.truth.astype(float), decisions.astype(float)) / len(decisions)
-            block["confusion_matrix"] = {
-                label: dict(zip(held.labels, row, strict=True)) for label, row in zip(held.labels, matrix, strict=True)
-            }
-        return block, found
-
-    def values(self, decisions: np.ndarray, averages: tuple[str, ...] = ("pooled", "fold_mean")) -> dict[str, Any]:
-        """For decisions ``(1, N, L)`` without seeds: each figure's value and its interval over clips."""
-        found = self.replicates(decisions, averages)
-
-        def pair(index):
-            return {
-                name: {
-                    "value": values[0, index],
-                    "clip_ci": self.clip_interval(replicates[:, index], values[0, index]),
-                }
-                for name, (values, replicates) in found.items()
-            }
-
-        return {name: pair(index) for index, name in enumerate(self.names)} | {"per_class_f1": self.by_label(pair)}
-
-    def inflation(self, leaky: dict, honest: dict) -> dict[str, Any]:
-        """How much higher the leaky macro-F1 is, on the same draws; in a multi-class study ``uar``, too."""
-
-        def gain(name, index):
-            (values, replicates), (reference, reference_replicates) = leaky[name], honest[name]
-            mean = (values - reference)[:, index].mean()
-            difference = (replicates - reference_replicates)[:, index]
-            return {"mean": mean, "clip_ci": statistics.centred_interval(difference, mean, self.confidence)}
-
-        inflation = {name: gain(name, 0) for name in honest}
-        if self.held.multi_class:
-            inflation["uar"] = {name: gain(name, self.names.index("uar")) for name in honest}
-        return inflation
 
 
 def summarise(results: StudyResults, evaluation: Mapping[str, Any] | None = None) -> dict[str, Any]:
@@ -227,7 +115,10 @@ def summarise(results: StudyResults, evaluation: Mapping[str, Any] | None = None
           clips; None in a multi-class study;
         * ``leaky``: the inflated figures, blocks with ``inflation`` over the honest ones, None where what they
           need was not kept; and ``global_threshold``, the best point of the held-out curve;
-        * ``settings``: one entry per hyper-parameter setting.
+        * ``settings``: one entry per hyper-parameter setting, in the order of the study: its values, members, inner
+          scores and losses fold by fold, held-out macro-F1 and the folds that it was chosen for;
+        * ``search``: what choosing among several settings gained, see
+          :func:`mer_jax.study.search_summary.search_figures`; None with one setting.
 
     Raises:
         UserError: A setting is wrong, nothing can be scored, or thresholds cannot be tuned for want of inner
@@ -237,7 +128,7 @@ def summarise(results: StudyResults, evaluation: Mapping[str, Any] | None = None
     study = StudyMembers(results, evaluation)
     chosen = study.choose_settings()
     held = study.held_out(chosen)
-    scorer = _Scorer(held)
+    scorer = Scorer(held)
     honest, honest_replicates = scorer.block(held.decisions)
     untuned = untuned_replicates = fixed = None
     if not held.multi_class:
@@ -287,12 +178,9 @@ def summarise(results: StudyResults, evaluation: Mapping[str, Any] | None = None
         "leaky": _leaky(study, scorer, leaky, honest_replicates, untuned_replicates, curve),
         "settings": _settings(study, chosen),
     }
+    summary["search"] = search_figures(study, chosen, held, [s["macro_f1"]["pooled"] for s in summary["settings"]])
     summary["notes"] = _notes(summary)
     return plain(summary)
-
-
-def _sd(values: np.ndarray) -> float | None:
-    return float(values.std(ddof=1)) if len(values) > 1 else None
 
 
 def _positives(labels: tuple[str, ...], truth: np.ndarray, mask: np.ndarray) -> dict[str, int]:
@@ -311,7 +199,7 @@ def _seed_means(study: StudyMembers, chosen: list[int], held: HeldOut) -> tuple[
     return mean, members
 
 
-def _databases(scorer: _Scorer, mean: np.ndarray, leaky: Mapping[str, np.ndarray | None]) -> list[dict[str, Any]]:
+def _databases(scorer: Scorer, mean: np.ndarray, leaky: Mapping[str, np.ndarray | None]) -> list[dict[str, Any]]:
     """The pooled figures of all clips, then of each database, where there are several."""
     held = scorer.held
     names = np.unique(held.database).tolist()
@@ -360,7 +248,7 @@ def _rank_figures(held: HeldOut, metric: Callable[..., np.ndarray]) -> dict[str,
         values = metrics.mean_over_classes(cells.T)  # (S,)
         return {
             "mean": values.mean(),
-            "sd": _sd(values),
+            "sd": sd_over_seeds(values),
             "values": values,
             "undefined": int(np.isnan(cells[:, 0]).sum()),
         }
@@ -475,7 +363,7 @@ def _folds(study: StudyMembers, chosen: list[int], held: HeldOut) -> list[dict[s
             "seeds": study.results.member_seed[members],
             "macro_f1": scores,
             "mean": scores.mean(),
-            "sd": _sd(scores),
+            "sd": sd_over_seeds(scores),
             "thresholds": tuned,
             "inner_clips": int(study.inner[members].any(axis=0).sum()),
         }
@@ -561,7 +449,7 @@ def _leaky_mode(study: StudyMembers) -> str:
 
 def _leaky(
     study: StudyMembers,
-    scorer: _Scorer,
+    scorer: Scorer,
     decisions: Mapping[str, np.ndarray | None],
     honest: dict,
     untuned: dict | None,
@@ -615,6 +503,8 @@ def _settings(study: StudyMembers, chosen: list[int]) -> list[dict[str, Any]]:
             {
                 "hyper": hyper,
                 "members": int((study.setting == setting).sum()),
+                "members_ok": int(study.results.ok[study.setting == setting].sum()),
+                "inner": [study.inner_score(setting, fold) for fold in study.folds],
                 "inner_loss": None if None in losses else losses,
                 "macro_f1": figures,
                 "chosen_for_folds": [f for f, c in zip(study.folds, chosen, strict=True) if c == setting],
@@ -643,9 +533,17 @@ def _notes(summary: dict[str, Any]) -> list[str]:
         notes.append("Subjects are unknown: clips are resampled as if independent, so intervals may be too narrow.")
     if len(summary["settings"]) > 1:
         notes.append(
-            f"{len(summary['settings'])} settings: each fold uses the one of least inner loss; "
-            "picking the best score from the table of settings would be leaky."
+            f"{len(summary['settings'])} settings: each fold uses the one of the best inner "
+            f"{SELECTION_WORDS[summary['evaluation']['selection']]}; picking the best score from the table of settings "
+            "would be leaky."
         )
+        if default := summary["search"]["default"]:
+            gain = default["nested_minus_default"]["pooled"]
+            low, high = gain["clip_ci"]
+            notes.append(
+                f"Choosing gains {gain['mean']:+.3f} [{low:+.3f}, {high:+.3f}] pooled macro_f1 over candidate 0 in "
+                f"every fold, p = {gain['p_value']:.3f}."
+            )
     if study["single_subject_folds"]:
         notes.append(
             "Each fold is one subject: read the pooled figures. The mean of folds is not what the field reports, since "

@@ -1,5 +1,6 @@
 """One command from a config to a report: prepares data, trains every member, writes what a reader needs."""
 
+import collections
 import concurrent.futures
 import contextlib
 import dataclasses
@@ -44,9 +45,10 @@ from mer_jax.study.devices import select_devices
 from mer_jax.study.folds import inner_split, make_folds
 from mer_jax.study.held_out import resolve_evaluation
 from mer_jax.study.hosts import Group, LostProcess
-from mer_jax.study.members import Member, make_members, member_key
+from mer_jax.study.members import HYPER_NAMES, Member, make_members, member_key
 from mer_jax.study.memory import MemoryPlan, free_bytes, is_out_of_memory, plan_memory
 from mer_jax.study.results import FILENAME, StudyResults
+from mer_jax.study.search import draw_candidates
 from mer_jax.study.summary import write_summary
 from mer_jax.study.workdir import check_data, check_workdir, start_workdir, write_tables
 
@@ -336,6 +338,12 @@ class Plan:
     last_batch: int
 
 
+def own_values(config: ConfigDict) -> dict[str, float]:
+    """The hyper-parameters that a config gives to all members but those that its grid or search gives others."""
+    own = {name: float(config.train[name]) for name in HYPER_NAMES}
+    return own if config.train.loss == "focal" else own | {"focal_gamma": 0.0}  # cross-entropy
+
+
 def make_plan(config: ConfigDict, data: StudyData, maps: Mapping[str, list[FeatureMap]]) -> Plan:
     """Deals out folds and inner splits and prepares the data.
 
@@ -362,10 +370,10 @@ def make_plan(config: ConfigDict, data: StudyData, maps: Mapping[str, list[Featu
     if not set(folds) <= set(range(num_folds)):
         raise UserError(f"config.study.only_folds={folds}: the folds are 0 to {num_folds - 1}")
     seeds = range(config.study.first_seed, config.study.first_seed + config.study.num_seeds)
-    members = make_members(folds, seeds, config.train, config.grid)
-    ids = [member.id for member in members]
-    twice = next((member for member in ids if ids.count(member) > 1), None)
-    if twice:
+    own = own_values(config)
+    members = make_members(folds, seeds, own, config.grid, draw_candidates(config, own))
+    twice, count = collections.Counter(member.id for member in members).most_common(1)[0]
+    if count > 1:
         raise UserError(f"config.grid and config.study.only_folds make two members {twice}; name each value once")
 
     device_maps = {}
@@ -409,7 +417,7 @@ def make_plan(config: ConfigDict, data: StudyData, maps: Mapping[str, list[Featu
         schedule=config.train.schedule,
         warmup_fraction=config.train.warmup_fraction,
         exclusive=data.task == MULTI_CLASS,
-        focal_gamma=config.train.focal_gamma if config.train.loss == "focal" else 0.0,
+        focal_gamma=None if config.train.loss == "focal" else 0.0,
         balanced=config.train.class_weights == "balanced",
         patience=config.train.patience,
         **(

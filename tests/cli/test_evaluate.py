@@ -49,7 +49,7 @@ def test_report_rewrites_the_summary_and_the_page(runs):
             "fixed_threshold": 0.5,
             "negative_excludes_positive": True,
         },
-        **{"bootstrap": 200, "confidence": 0.95},
+        **{"selection": "average_precision", "bootstrap": 200, "confidence": 0.95},
     }
 
 

@@ -227,7 +227,7 @@ def test_many_settings_by_many_folds_are_summed_up(finish_run, tmp_path):
     page, _ = test_html.read(tmp_path / "run")
     words = page.words_of("settings")
     for setting in summary["settings"]:
-        assert f"mean {np.mean(setting['inner_loss']):.3f}" in words
+        assert f"{np.mean(setting['inner']):.3f}{setting['macro_f1']['pooled']:.3f}" in words
         assert f"{len(setting['chosen_for_folds'])} folds" in words
 
 

@@ -276,7 +276,8 @@ def test_hyper_parameter_settings_are_listed_and_only_the_chosen_drawn(make_resu
     )
     summary = finish_run(tmp_path / "run", results)
     page, _ = read(tmp_path / "run")
-    assert "lr 0.001" in page.words_of("settings") and "lr 0.01" in page.words_of("settings")
+    words = page.words_of("settings")
+    assert "2 candidates." in words and "candidate 00.0016 of 6" in words and "candidate 10.016 of 6" in words
     chosen = {f: s["hyper"]["lr"] for s in summary["settings"] for f in s["chosen_for_folds"]}
     mean = np.mean([chosen[fold] * 50 for fold in (0, 1, 2)])
     assert f"appearance {mean:.2f}" in page.words_of("gate")
@@ -316,3 +317,27 @@ def test_unfinished_runs_and_damaged_files_end_in_one_line(run_folder, tmp_path)
     (folder / "predictions.npz").unlink()
     with pytest.raises(UserError, match=r"predictions\.npz"):
         write_report(folder)
+
+
+def test_a_search_tells_what_was_chosen_and_what_that_gained(make_results, finish_run, tmp_path):
+    results = make_results(num_seeds=8, epochs=2)
+    rates = np.array([1e-3, 1e-4, 1e-2, 3e-3], np.float32)[results.member_seed // 2]
+    results = dataclasses.replace(
+        results, member_seed=results.member_seed % 2, hyper={"learning_rate": rates, "dropout": np.full(24, 0.5, "f4")}
+    )
+    config = {"data": {"dataset": "x"}, "search": {"learning_rate": ["log_uniform", 1e-4, 1e-2], "dropout": []}}
+    summary = finish_run(tmp_path / "run", results, config)
+    page, _ = read(tmp_path / "run")
+    words, search = page.words_of("settings"), summary["search"]
+    assert search["varied"] == ["learning_rate"]
+    assert "4 candidates. Each held-out fold uses the candidate of the best inner average precision" in words
+    assert "learning_rate (log scale)" in words and "dropout" not in words
+    gain = search["default"]["nested_minus_default"]["pooled"]
+    for score in (summary["honest"], search["default"], search["leaky"]["best_overall"]):
+        assert f"{score['macro_f1']['pooled']['mean']:.3f}" in words
+    assert f"{abs(gain['mean']):.3f}" in words and f"{gain['p_value']:.3f}" in words
+    leaky = search["leaky"]["best_overall"]["chosen"][0]
+    assert f"best of all held-out clips, for all folds: candidate {leaky}" in words
+    assert all(f"candidate {number}" in words for number in range(4))
+    assert "candidate 0 in every fold" in page.words_of("scores")
+    assert any("over candidate 0 in every fold" in note for note in summary["notes"])

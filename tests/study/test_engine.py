@@ -15,7 +15,7 @@ from mer_jax.study.train import block_size
 
 SAMPLES, FRAMES, WIDTHS = 40, 6, {"appearance": 9, "geometry": 5}
 FOLD = np.arange(SAMPLES) // 2 % 3  # clips of two views, three folds
-HYPER = {"learning_rate": 3e-3, "weight_decay": 0.01, "dropout": 0.2, "feature_dropout": 0.3}
+HYPER = {"learning_rate": 3e-3, "weight_decay": 0.01, "dropout": 0.2, "feature_dropout": 0.3, "focal_gamma": 0.0}
 RECIPE = engine.Recipe(
     epochs=6,
     batch_size=8,
@@ -93,6 +93,17 @@ def test_a_member_alone_equals_itself_among_ten():
             prediction["probabilities"][0], predictions["probabilities"][position], rtol=1e-4, atol=1e-4
         )
         np.testing.assert_allclose(alone.train_loss[0], together.train_loss[position], rtol=1e-4, atol=1e-4)
+
+
+def test_each_member_has_its_own_focal_exponent():
+    """Beside each other, as in a program whose exponent is a constant; 0 is cross-entropy."""
+    spec = member(1, 2), member(1, 2, focal_gamma=2.0)
+    _, watch, together = run(spec, RECIPE._replace(focal_gamma=None))
+    for row, gamma in enumerate((0.0, 2.0)):
+        _, constant, alone = run([spec[row]], RECIPE._replace(focal_gamma=gamma))
+        np.testing.assert_allclose(together["probabilities"][row], alone["probabilities"][0], rtol=1e-4, atol=1e-5)
+        np.testing.assert_allclose(watch.inner_loss[row], constant.inner_loss[0], rtol=1e-4)
+    assert np.abs(np.subtract(*together["probabilities"])).max() > 0.01
 
 
 def test_order_and_device_change_no_bit():

@@ -5,7 +5,7 @@ import numpy as np
 
 from mer_jax.study.members import HYPER_NAMES, Member, make_members, member_key, stream
 
-HYPER = {"learning_rate": 1e-3, "weight_decay": 0.1, "dropout": 0.2, "feature_dropout": 0.3}
+HYPER = {"learning_rate": 1e-3, "weight_decay": 0.1, "dropout": 0.2, "feature_dropout": 0.3, "focal_gamma": 0.0}
 
 
 def bits(key):

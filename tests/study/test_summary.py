@@ -81,7 +81,7 @@ def test_is_plain_json_with_finite_numbers_and_all_documented_keys(rng):
     assert set(summary) == {
         *("schema", "labels", "task", "definitions", "evaluation", "study", "honest", "untuned", "fixed", "databases"),
         *("ensemble", "auroc", "average_precision", "chance", "baselines", "variance", "seeds_needed", "folds"),
-        *("threshold_curve", "leaky", "settings", "notes"),
+        *("threshold_curve", "leaky", "settings", "search", "notes"),
     }
     for block in (summary["honest"], summary["untuned"], *(summary["leaky"][name] for name in LEAKY_NAMES)):
         for average in AVERAGES:
