@@ -11,7 +11,7 @@ from collections.abc import Callable
 import numpy as np
 
 from mer_jax.clips.faces import NUM_LANDMARKS, FaceMesh
-from mer_jax.errors import UserError
+from mer_jax.extractors.networks import checked_frames
 
 Crop = Callable[[np.ndarray, np.ndarray], np.ndarray | None]
 
@@ -57,12 +57,7 @@ def find_landmarks(frames: np.ndarray, min_confidence: float = MIN_CONFIDENCE) -
     Raises:
         UserError: The frames are not RGB.
     """
-    frames = np.asarray(frames)
-    if frames.ndim != 4 or frames.shape[-1] != 3 or frames.dtype != np.uint8 or 0 in frames.shape:
-        raise UserError(
-            f"frames of shape {frames.shape} and type {frames.dtype}: RGB of 8 bits, (T, H, W, 3), is expected; "
-            "convert grey and transparent images first"
-        )
+    frames = checked_frames(frames)
     landmarks = np.full((len(frames), NUM_LANDMARKS, 2), np.nan)
     with FaceMesh(tracking=False, min_confidence=min_confidence) as mesh:
         for frame, place in zip(frames, landmarks, strict=True):

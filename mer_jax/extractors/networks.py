@@ -98,3 +98,18 @@ def network_at(place: str, name: str) -> Network:
     """Returns a network of the dict that ``place``, as the values of :data:`NETWORKS`, names."""
     module, _, attribute = place.partition(":")
     return getattr(importlib.import_module(module), attribute)[name]
+
+
+def checked_frames(frames: np.ndarray) -> np.ndarray:
+    """Returns frames as an array, if they are (T, H, W, 3) uint8 RGB.
+
+    Raises:
+        UserError: They are not.
+    """
+    frames = np.asarray(frames)
+    if frames.ndim != 4 or frames.shape[-1] != 3 or frames.dtype != np.uint8 or 0 in frames.shape:
+        raise UserError(
+            f"frames of shape {frames.shape} and type {frames.dtype}: RGB of 8 bits, (T, H, W, 3), is expected; "
+            "convert grey and transparent images first"
+        )
+    return frames

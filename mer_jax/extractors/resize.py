@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
-from mer_jax.errors import UserError
+from mer_jax.extractors.networks import checked_frames
 
 if TYPE_CHECKING:
     import jax
@@ -116,12 +116,7 @@ def resize_frames(
     Raises:
         UserError: The frames are not RGB.
     """
-    frames = np.asarray(frames)
-    if frames.ndim != 4 or frames.shape[-1] != 3 or frames.dtype != np.uint8 or 0 in frames.shape:
-        raise UserError(
-            f"frames of shape {frames.shape} and type {frames.dtype}: RGB of 8 bits, (T, H, W, 3), is expected; "
-            "convert grey and transparent images first"
-        )
+    frames = checked_frames(frames)
     inner, (top, left) = _inner(frames.shape[1:3], size, shortest_edge)
     unfiltered = how == "bilinear_unfiltered"
     result = np.empty((len(frames), *size, 3), np.float32 if unfiltered else np.uint8)

@@ -24,7 +24,7 @@ from mer_jax.study.config import validate
 from mer_jax.study.devices import select_devices
 from mer_jax.study.results import FILENAME, OK, StudyResults
 from mer_jax.study.summary import write_summary
-from mer_jax.study.train import Plan, input_channels, load_data, make_plan
+from mer_jax.study.train import Plan, input_channels, load_data, make_plan, planned_fields
 from mer_jax.study.workdir import check_data, check_workdir, start_workdir, write_tables
 
 SUFFIX = ".pth"
@@ -197,31 +197,15 @@ def _predict(learner, recipe, arrays, fold, variables) -> jax.Array:
 
 
 def _results(plan: Plan, probabilities: np.ndarray) -> StudyResults:
-    data, members = plan.data, plan.members
-    count, num_labels = len(members), len(data.label_names)
+    count, num_labels = len(plan.members), len(plan.data.label_names)
     heldout = np.stack([np.asarray(member.watched_heldout) for member in plan.inputs])  # (M, V)
     rows = np.where(heldout, np.stack([np.asarray(member.watched) for member in plan.inputs]), -1)
     no_curve = np.zeros((count, 0), np.float32)
     return StudyResults(
-        label_name=np.array(data.label_names, dtype=np.str_),
-        task=np.array(data.task),
-        clip_name=data.clip_name,
-        clip_id=data.clip_id,
-        clip_subject=data.clip_subject,
-        clip_split=data.clip_split,
-        clip_database=data.clip_database,
-        clip_labels=data.clip_labels,
-        clip_fold=plan.clip_fold,
-        sample_clip=data.sample_clip,
-        sample_view=data.sample_view,
-        sample_phase=data.sample_phase,
-        member_id=np.array([member.id for member in members]),
-        member_fold=np.array([member.fold for member in members], np.int32),
-        member_seed=np.array([member.seed for member in members], np.int32),
+        **planned_fields(plan),
         member_status=np.full(count, OK),
         member_stop_epoch=np.zeros(count, np.int32),
         probabilities=probabilities,
-        inner=plan.inner,
         curve_epoch=np.zeros(0, np.int32),
         curve_train_loss=no_curve,
         curve_inner_loss=no_curve,

@@ -458,6 +458,29 @@ def make_plan(config: ConfigDict, data: StudyData, maps: Mapping[str, list[Featu
     )
 
 
+def planned_fields(plan: Plan) -> dict[str, np.ndarray]:
+    """What a study's results say of its data and members, whatever came of them: fields of :class:`StudyResults`."""
+    data, members = plan.data, plan.members
+    return {
+        "label_name": np.array(data.label_names, dtype=np.str_),
+        "task": np.array(data.task),
+        "clip_name": data.clip_name,
+        "clip_id": data.clip_id,
+        "clip_subject": data.clip_subject,
+        "clip_split": data.clip_split,
+        "clip_database": data.clip_database,
+        "clip_labels": data.clip_labels,
+        "clip_fold": plan.clip_fold,
+        "sample_clip": data.sample_clip,
+        "sample_view": data.sample_view,
+        "sample_phase": data.sample_phase,
+        "member_id": np.array([member.id for member in members]),
+        "member_fold": np.array([member.fold for member in members], np.int32),
+        "member_seed": np.array([member.seed for member in members], np.int32),
+        "inner": plan.inner,
+    }
+
+
 def block_size(num_members: int, num_devices: int, device_kind: str, wanted: int, one_by_one: bool = False) -> int:
     """How many members one compiled call trains.
 
@@ -956,7 +979,7 @@ def _assemble(workdir: Path, plan: Plan, blocks: Sequence[range], learner: Learn
         with np.load(block_path(workdir, number)) as archive:
             parts.append({name: archive[name] for name in archive.files})
     joined = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
-    data, members = plan.data, plan.members
+    members = plan.members
     watched = np.stack([np.asarray(member.watched) for member in plan.inputs])
     heldout = np.stack([np.asarray(member.watched_heldout) for member in plan.inputs])
     rows = int(heldout.sum(axis=1).max())  # held-out samples stand first
@@ -965,25 +988,10 @@ def _assemble(workdir: Path, plan: Plan, blocks: Sequence[range], learner: Learn
         name: np.array([dict(member.hyper)[name] for member in members], np.float32) for name, _ in members[0].hyper
     }
     results = StudyResults(
-        label_name=np.array(data.label_names, dtype=np.str_),
-        task=np.array(data.task),
-        clip_name=data.clip_name,
-        clip_id=data.clip_id,
-        clip_subject=data.clip_subject,
-        clip_split=data.clip_split,
-        clip_database=data.clip_database,
-        clip_labels=data.clip_labels,
-        clip_fold=plan.clip_fold,
-        sample_clip=data.sample_clip,
-        sample_view=data.sample_view,
-        sample_phase=data.sample_phase,
-        member_id=np.array([member.id for member in members]),
-        member_fold=np.array([member.fold for member in members], np.int32),
-        member_seed=np.array([member.seed for member in members], np.int32),
+        **planned_fields(plan),
         member_status=np.where(diverged, "diverged", "ok"),
         member_stop_epoch=joined["best_epoch"],
         probabilities=joined["probabilities"],
-        inner=plan.inner,
         curve_epoch=np.arange(1, plan.recipe.epochs + 1, dtype=np.int32),
         **{f"curve_{name}": joined[f"curve_{name}"] for name in _HISTORY},
         curve_sample=np.where(heldout, watched, -1)[:, :rows],
