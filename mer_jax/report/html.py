@@ -730,6 +730,8 @@ class _Page:
         most = stability["most_chosen"]
         if stability["distinct"] == 1:
             return f"all {folds} folds chose candidate {most}"
+        if stability["distinct"] == folds:
+            return f"each of the {folds} folds chose another one"
         return (
             f"{folds} folds chose {stability['distinct']} different ones, candidate {most} for "
             f"{stability['counts'][most]} of them"
@@ -754,8 +756,8 @@ class _Page:
             row = cells("candidate 0 in every fold", default["macro_f1"]["pooled"], (1, gain["mean"], gain["clip_ci"]))
             rows.append(_row([*row, format_number(gain["p_value"])]))
         for key, words in (
-            ("best_overall", "best of all held-out clips, for all folds"),
-            ("best_per_fold", "best of each held-out fold"),
+            ("best_overall", "best on all held-out clips, for all folds"),
+            ("best_per_fold", "best on each held-out fold"),
         ):
             if leak := search["leaky"][key]:
                 inflation = leak["inflation"]["pooled"]
