@@ -39,8 +39,7 @@ class MultiQueryPooling(nn.Module):
             features: ``(B, T, D)`` frame features.
             frame_mask: ``(B, T)`` bool, False for padding; None when every frame is real. What stands in a padded
                 frame changes nothing, as long as it is finite.
-            feature_scale: ``(B, D)`` factor on the features of all frames, such as a dropout mask; equal to
-                ``features * feature_scale[:, None, :]`` without another array of that size.
+            feature_scale: ``(B, D)`` factor on the features of all frames, such as a dropout mask.
             return_attention: Whether to return the attention as well.
 
         Returns:
@@ -54,16 +53,13 @@ class MultiQueryPooling(nn.Module):
         value_kernel = self.param("value_kernel", nn.initializers.lecun_normal(), (width, self.key_dim))
 
         probes = queries @ key_kernel.T * self.key_dim**-0.5  # (Q, d_k) (d_k, D) -> (Q, D)
-        if feature_scale is None:
-            scores = jnp.einsum("btd,qd->bqt", features, probes)
-        else:
-            scaled = feature_scale[:, None, :] * probes[None]  # (B, 1, D) (1, Q, D) -> (B, Q, D)
-            scores = jnp.einsum("btd,bqd->bqt", features, scaled)
+        if feature_scale is not None:
+            # Scaling the probes instead would need a product a sample, which costs more than scaling the frames.
+            features = features * feature_scale[:, None, :]  # (B, T, D) (B, 1, D)
+        scores = jnp.einsum("btd,qd->bqt", features, probes)
         if frame_mask is not None:
             scores = jnp.where(frame_mask[:, None, :], scores, _MASKED_SCORE)  # (B, 1, T) over (B, Q, T)
         attention = nn.softmax(scores, axis=-1)
         pooled = jnp.einsum("bt,btd->bd", attention.mean(axis=1), features)
-        if feature_scale is not None:
-            pooled = pooled * feature_scale
         pooled = pooled @ value_kernel  # (B, D) (D, d_k) -> (B, d_k)
         return (pooled, attention) if return_attention else pooled

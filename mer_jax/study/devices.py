@@ -9,14 +9,13 @@ from mer_jax.errors import UserError
 from mer_jax.parallel import available_processors
 
 
-def select_devices(platform: str) -> list[jax.Device]:
-    """The devices to train on.
-
-    On a CPU one device a core is made, unless XLA_FLAGS already says how many: blocks of members then run side by
-    side, which serves small models better than many threads on one matrix product.
+def select_devices(platform: str, *, divided: bool = True) -> list[jax.Device]:
+    """The devices to work on.
 
     Args:
         platform: ``'cpu'``, ``'gpu'`` or ``'tpu'`` to insist on one, '' for the best there is.
+        divided: Whether a CPU becomes one device a core, unless XLA_FLAGS already says how many it is: independent
+            work then runs side by side, which serves small models better than many threads on one matrix product.
 
     Returns:
         Local devices, at least one.
@@ -24,7 +23,7 @@ def select_devices(platform: str) -> list[jax.Device]:
     Raises:
         UserError: The wanted platform is not there, or its devices are tied to those of other hosts.
     """
-    if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
+    if divided and "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
         # Refused where JAX is running already, with as many devices as it has.
         with contextlib.suppress(RuntimeError):
             jax.config.update("jax_num_cpu_devices", available_processors())
@@ -46,4 +45,16 @@ def select_devices(platform: str) -> list[jax.Device]:
         )
     # Small arrays that are made before training belong there too, not on an accelerator that was not asked for.
     jax.config.update("jax_default_device", devices[0])
+    return devices
+
+
+def worker_devices(platform: str) -> list[jax.Device]:
+    """The device of every thread that trains blocks of members; arguments and errors as of :func:`select_devices`.
+
+    A program is compiled for each device apart, and a CPU device runs one for several threads at a time: without
+    XLA_FLAGS that divide the CPU, its threads, one a core, share one device.
+    """
+    devices = select_devices(platform, divided=False)
+    if devices[0].platform == "cpu" and len(devices) == 1:
+        return devices * available_processors()
     return devices

@@ -140,6 +140,8 @@ class Watch(NamedTuple):
     probabilities: jax.Array
 
 
+_HURRY = {"xla_backend_optimization_level": 1}
+
 OPTIMISERS = ("adamw", "adam")
 SCHEDULES = ("cosine", "constant")
 
@@ -458,8 +460,10 @@ def make_programs(
     def finish(arrays, members, states):
         return over_members(functools.partial(finish_member, learner, recipe, arrays))(members, states)
 
+    init = jax.vmap(functools.partial(init_member, learner, recipe), in_axes=(None, 0))
     return Programs(
-        init=jax.jit(jax.vmap(functools.partial(init_member, learner, recipe), in_axes=(None, 0))),
+        # It runs once a block, for less time than a CPU's compiler would take to make it fast.
+        init=jax.jit(init, compiler_options=_HURRY if jax.default_backend() == "cpu" else None),
         epochs=jax.jit(epochs, donate_argnums=2),
         finish=jax.jit(finish),
     )

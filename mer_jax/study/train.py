@@ -25,7 +25,6 @@ from mer_jax.clips.flow import CHANNELS
 from mer_jax.errors import EXIT_USER_ERROR, UserError
 from mer_jax.files import TEMPORARY_SUFFIX, atomic_savez, atomic_write_bytes, atomic_write_text, exclusive
 from mer_jax.models.registry import Learner, build_learner
-from mer_jax.parallel import available_processors
 from mer_jax.progress import Silent, progress
 from mer_jax.study import engine, shown
 from mer_jax.study.checkpoints import BlockCheckpoints, save_tree
@@ -41,7 +40,7 @@ from mer_jax.study.data import (
     prepare_features,
     prepare_flow,
 )
-from mer_jax.study.devices import select_devices
+from mer_jax.study.devices import worker_devices
 from mer_jax.study.folds import inner_split, make_folds
 from mer_jax.study.held_out import resolve_evaluation
 from mer_jax.study.hosts import Group, LostProcess
@@ -63,6 +62,8 @@ _GRACE_SECONDS = 8.0
 _LOSS_GRACE_SECONDS = 60.0
 # A file that another machine has written may stay unseen for as long as a network file system keeps its lists.
 _SHARED_SECONDS = 90.0
+# Share of an epoch's samples: a smaller last batch is a second copy of the step for the compiler, which takes as long.
+_WORTH_COMPILING = 0.1
 _MAPS = "feature_maps.npz"
 _BLOCKS = "blocks.json"
 PHASES = ("onset_apex", "apex_offset")
@@ -143,7 +144,7 @@ def train_study(
         for stale in workdir.glob(f".*{TEMPORARY_SUFFIX}"):  # left by a kill
             stale.unlink()
         if not (workdir / FILENAME).is_file():
-            devices = select_devices(config.platform)
+            devices = worker_devices(config.platform)
             data = data or load_data(config)
             # Before any training: thresholds that do not suit the labels would be refused only after it.
             resolve_evaluation(config.evaluation.to_dict(), data.label_names, data.task == MULTI_CLASS)
@@ -166,7 +167,7 @@ def train_study(
 
 def _train_along(config: ConfigDict, workdir: Path, group: Group, data: StudyData | None) -> int:
     """:func:`train_study` in all processes but the first, which prepares the folder and writes the results."""
-    devices = select_devices(config.platform)
+    devices = worker_devices(config.platform)
     _tell_devices(group, devices)
     if not group.wait("ready", [0])[0]["finished"]:
         _await_files(workdir, [workdir / "config.json", workdir / _BLOCKS])
@@ -431,7 +432,9 @@ def make_plan(config: ConfigDict, data: StudyData, maps: Mapping[str, list[Featu
         ),
     )
     most = int(train_mask.sum(axis=1).max())
-    rest = most % recipe.batch_size
+    num_steps = -(-most // recipe.batch_size)
+    last_batch = -(-(most - (num_steps - 1) * recipe.batch_size) // 8) * 8  # vectors of eight samples
+    saved = (recipe.batch_size - last_batch) / (num_steps * recipe.batch_size)
     return Plan(
         data=data,
         clip_fold=clip_fold,
@@ -452,9 +455,8 @@ def make_plan(config: ConfigDict, data: StudyData, maps: Mapping[str, list[Featu
         arrays=engine.Arrays(inputs=inputs, labels=labels, maps=device_maps),
         maps=maps,
         recipe=recipe,
-        num_steps=-(-most // recipe.batch_size),
-        # Vectors of eight samples; the remainder of a large batch is not worth a whole one.
-        last_batch=min(recipe.batch_size, -(-rest // 8) * 8) if uses_flow(config) and rest else 0,
+        num_steps=num_steps,
+        last_batch=last_batch if uses_flow(config) and saved >= _WORTH_COMPILING else 0,
     )
 
 
@@ -538,8 +540,6 @@ def _train_members(
     if {each["platform"] for each in told} != {platform}:
         kinds = ", ".join(f"{each['platform']} on {each['host']}" for each in told)
         raise UserError(f"the processes are of different kinds ({kinds}); set config.platform to one that all have")
-    if one_by_one and len(devices) == 1:
-        devices = list(devices) * available_processors()  # a thread a core, each with a member of its own
     sharing = sum(each["count"] for each in told if each["host"] == socket.gethostname()) - told[group.index]["count"]
     programs = _programs(learner, plan.recipe, plan.num_steps, plan.last_batch, one_by_one)
 
