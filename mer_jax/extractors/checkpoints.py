@@ -234,7 +234,7 @@ def _fold(name: str, tensors: dict[str, np.ndarray], path: Path, epsilon: float)
             # Files of sharded training repeat the scale to have four of it.
             scale = own["scale"].astype(np.float32).reshape(-1)[0]
             if own["_sn_version"] is not None and int(own["_sn_version"]) == 2:
-                scale = np.logaddexp(scale, np.float32(0)) + np.float32(0.05)
+                scale = np.maximum(scale, 0) + np.log1p(np.exp(-np.abs(scale))) + np.float32(0.05)  # softplus
         pieces.append(piece * (scale / norm))
     if tensors:
         raise strange

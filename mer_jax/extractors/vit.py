@@ -7,6 +7,7 @@ Darcet et al. 2024) scales what its layers add and interpolates its positions.
 """
 
 import dataclasses
+import functools
 from collections.abc import Mapping
 from typing import Any, Literal
 
@@ -14,12 +15,14 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from mer_jax.extractors.folded_convolution import in_chunks
 from mer_jax.extractors.resize import resize_grid
 
 _EPSILON = 1e-6
-# Scores of attention above this many bytes are made piece by piece on the CPU, where they would fall out of its caches.
-_WHOLE_SCORES = 64 * 2**20
-_SCORES_PIECE = 8 * 2**20
+# Tokens at a time on a CPU: matrix products of more lose a third of their speed.
+_TOGETHER = 2304
+# Bytes of scores at a time on a CPU: those of all heads and images would fall out of its caches.
+_SCORES = 4 * 2**20
 
 
 @dataclasses.dataclass(frozen=True)
@@ -101,8 +104,10 @@ def features(architecture: Architecture, variables: Any, images: jax.Array) -> j
     Returns:
         (B, D) float32.
     """
-    model = VisionTransformer(observed(architecture, variables["params"]))
-    return model.apply(variables, images)
+    own = observed(architecture, variables["params"])
+    rows, columns = grid_of(own, images.shape[1:3])
+    together = max(1, _TOGETHER // (own.prefix + rows * columns))
+    return in_chunks(functools.partial(VisionTransformer(own).apply, variables), images, together)
 
 
 def attention_map(architecture: Architecture, variables: Any, images: jax.Array) -> jax.Array:
@@ -158,11 +163,11 @@ def _attend_on_cpu(query: jax.Array, key: jax.Array, value: jax.Array) -> jax.Ar
         return (summed / shares.sum(axis=-1, keepdims=True)).astype(value.dtype)
 
     query, key, value = by_head(query * jnp.asarray(width**-0.5, query.dtype)), by_head(key), by_head(value)
-    matrix = 4 * length * key.shape[1]  # bytes
-    if matrix * batch * heads <= _WHOLE_SCORES:
+    together = max(1, _SCORES // (4 * length * key.shape[1]))
+    if together >= batch * heads:
         mixed = core(query, key, value)
     else:
-        mixed = jax.lax.map(lambda parts: core(*parts), (query, key, value), batch_size=max(1, _SCORES_PIECE // matrix))
+        mixed = jax.lax.map(lambda parts: core(*parts), (query, key, value), batch_size=together)
     # (B H, T, d) -> (B, T, H, d)
     return mixed.reshape(batch, heads, length, width).transpose(0, 2, 1, 3)
 

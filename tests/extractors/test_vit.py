@@ -63,9 +63,18 @@ def test_attention_is_torch_s(rng, length, source, way):
 def test_attention_in_pieces_is_the_same(rng, monkeypatch, piece):
     parts = [jnp.asarray(rng.normal(size=(2, 21, 5, 4)), jnp.float32) for _ in range(3)]
     whole = vit._attend_on_cpu(*parts)
-    monkeypatch.setattr(vit, "_WHOLE_SCORES", 0)
-    monkeypatch.setattr(vit, "_SCORES_PIECE", piece)
+    monkeypatch.setattr(vit, "_SCORES", piece)
     np.testing.assert_allclose(vit._attend_on_cpu(*parts), whole, rtol=0, atol=1e-6)
+
+
+def test_a_few_tokens_at_a_time_give_the_same_features(rng, monkeypatch):
+    architecture = vit.Architecture(4, 16, 2, 2, 32, (3, 3), "gelu", "cubic", prefix=1, summary=(0,))
+    images = rng.integers(0, 256, (5, 12, 12, 3), np.uint8)
+    variables = jax.jit(vit.VisionTransformer(architecture).init)(jax.random.key(0), images)
+    whole = jax.jit(vit.features, static_argnums=0)(architecture, variables, images)
+    monkeypatch.setattr(vit, "_TOGETHER", 20)  # two images of 10 tokens
+    pieces = jax.jit(lambda *given: vit.features(architecture, *given))(variables, images)
+    np.testing.assert_allclose(pieces, whole, rtol=0, atol=1e-5 * np.abs(whole).max())
 
 
 @pytest.mark.parametrize("way", [vit._attend, vit._attend_on_cpu])
