@@ -144,7 +144,7 @@ def _attend(query: jax.Array, key: jax.Array, value: jax.Array) -> jax.Array:
     if query.dtype in (jnp.bfloat16, jnp.float16) and jax.default_backend() == "gpu":
         try:
             return jax.nn.dot_product_attention(query, key, value, implementation="cudnn")
-        except (RuntimeError, ValueError, NotImplementedError):
+        except (RuntimeError, ValueError):
             pass  # no cuDNN, or none that takes these heads
     return jax.nn.dot_product_attention(query, key, value)
 
