@@ -1,34 +1,18 @@
 """The face regressors in PyTorch, from timm and torchvision and the description of their checkpoints."""
 
-import sys
+import importlib.util
 import warnings
 from pathlib import Path
 
 import torch
 from torch import nn
 
-_operators = []  # kept: they are undeclared with their last reference
-
-
-def _import_torchvision() -> None:
-    """Imports torchvision, also where its packaged library, built for CUDA, cannot be loaded beside a CPU torch.
-
-    Importing it, and with it timm, then fails on two operators that nothing here needs, unless they are declared.
-    """
-    try:
-        import torchvision
-    except RuntimeError:
-        for name in [name for name in sys.modules if name.partition(".")[0] == "torchvision"]:
-            del sys.modules[name]
-        _operators.append(torch.library.Library("torchvision", "FRAGMENT"))
-        for name in ("nms", "qnms"):
-            _operators[0].define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-        import torchvision  # noqa: F401
-
+_spec = importlib.util.spec_from_file_location("torch_vision", Path(__file__).with_name("torch_vision.py"))
+_torch_vision = importlib.util.module_from_spec(_spec)  # kept: see there
+_spec.loader.exec_module(_torch_vision)
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")
-    _import_torchvision()
     import timm
     from torchvision.models import resnet
 

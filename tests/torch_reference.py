@@ -1,8 +1,9 @@
 """Official PyTorch networks for parity tests: importable without a GPU build, with weights that exercise every term."""
 
+import importlib.util
 import os
-import sys
 import warnings
+from pathlib import Path
 
 # transformers would look for newer files on the network.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -11,29 +12,12 @@ import numpy as np
 import torch
 from skimage import data
 
-_operators = []  # kept: they are undeclared with their last reference
-
-
-def _import_torchvision() -> None:
-    """Imports torchvision, also where its packaged library, built for CUDA, cannot be loaded beside a CPU torch.
-
-    Importing it then fails on two operators that nothing here needs, and with it timm and every image model of
-    transformers. With the operators declared it works.
-    """
-    try:
-        import torchvision
-    except RuntimeError:
-        for name in [name for name in sys.modules if name.partition(".")[0] == "torchvision"]:
-            del sys.modules[name]
-        _operators.append(torch.library.Library("torchvision", "FRAGMENT"))
-        for name in ("nms", "qnms"):
-            _operators[0].define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-        import torchvision  # noqa: F401
-
+_spec = importlib.util.spec_from_file_location("torch_vision", Path(__file__).with_name("torch_vision.py"))
+_torch_vision = importlib.util.module_from_spec(_spec)  # kept: see there
+_spec.loader.exec_module(_torch_vision)
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")
-    _import_torchvision()
     import transformers
 
 transformers.logging.set_verbosity_error()
