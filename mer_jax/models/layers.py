@@ -53,11 +53,16 @@ def dropout_scale(
     if not train or (isinstance(rate, int | float) and rate == 0):
         return None
     keep = 1.0 - jnp.asarray(rate, jnp.float32)
-    counter = jnp.zeros((), jnp.uint32)
-    for axis in (sample_axis, *(axis for axis in range(len(shape)) if axis != sample_axis)):
-        index = jax.lax.broadcasted_iota(jnp.uint32, shape, axis)
-        counter = counter * np.uint32(shape[axis]) + index
-    bits = counter_bits(module.make_rng("dropout"), counter)
-    # 24 bits are what a float32 in [0, 1) holds.
-    kept = (bits >> 8).astype(jnp.float32) * np.float32(2**-24) < keep
-    return jnp.where(kept, 1.0 / keep, 0.0)
+    key = module.make_rng("dropout")
+
+    def draw():
+        counter = jnp.zeros((), jnp.uint32)
+        for axis in (sample_axis, *(axis for axis in range(len(shape)) if axis != sample_axis)):
+            index = jax.lax.broadcasted_iota(jnp.uint32, shape, axis)
+            counter = counter * np.uint32(shape[axis]) + index
+        # 24 bits are what a float32 in [0, 1) holds.
+        kept = (counter_bits(key, counter) >> 8).astype(jnp.float32) * np.float32(2**-24) < keep
+        return jnp.where(kept, 1.0 / keep, 0.0)
+
+    # What a branch makes is made once; a compiler would otherwise draw anew wherever the factor is used.
+    return jax.lax.cond(keep < 1.0, draw, lambda: jnp.ones(shape, jnp.float32))

@@ -55,8 +55,12 @@ class MultiQueryPooling(nn.Module):
         probes = queries @ key_kernel.T * self.key_dim**-0.5  # (Q, d_k) (d_k, D) -> (Q, D)
         if feature_scale is not None:
             # Scaling the probes instead would need a product a sample, which costs more than scaling the frames.
-            features = features * feature_scale[:, None, :]  # (B, T, D) (B, 1, D)
-        scores = jnp.einsum("btd,qd->bqt", features, probes)
+            features = jax.lax.cond(
+                jnp.any(feature_scale != 1.0), lambda: features * feature_scale[:, None, :], lambda: features
+            )  # (B, T, D) (B, 1, D)
+        # One product of all frames: a product a sample runs at a third of its speed on a CPU.
+        scores = features.reshape(-1, width) @ probes.T  # (B T, D) (D, Q) -> (B T, Q)
+        scores = scores.reshape(*features.shape[:2], -1).swapaxes(1, 2)  # (B T, Q) -> (B, T, Q) -> (B, Q, T)
         if frame_mask is not None:
             scores = jnp.where(frame_mask[:, None, :], scores, _MASKED_SCORE)  # (B, 1, T) over (B, Q, T)
         attention = nn.softmax(scores, axis=-1)

@@ -22,6 +22,7 @@ from mer_jax.models.losses import (
     softmax_focal_loss,
 )
 from mer_jax.models.registry import Learner
+from mer_jax.study.adam import OPTIMISERS, adam_update, init_adam
 from mer_jax.study.members import stream
 
 
@@ -115,7 +116,7 @@ class MemberState:
     """
 
     variables: Mapping
-    opt_state: optax.OptState
+    opt_state: optax.ScaleByAdamState
     step: jax.Array
     stopped: jax.Array
     diverged_at: jax.Array
@@ -142,15 +143,7 @@ class Watch(NamedTuple):
 
 _HURRY = {"xla_backend_optimization_level": 1}
 
-OPTIMISERS = ("adamw", "adam")
 SCHEDULES = ("cosine", "constant")
-
-
-def _optimiser(recipe: Recipe, hyper: Mapping[str, jax.Array], rate: jax.Array | float) -> optax.GradientTransformation:
-    # Built inside the traced function from traced scalars: members with different values share one program.
-    if recipe.optimiser == "adam":
-        return optax.chain(optax.add_decayed_weights(hyper["weight_decay"]), optax.adam(rate))
-    return optax.adamw(learning_rate=rate, weight_decay=hyper["weight_decay"])
 
 
 def sample_losses(
@@ -190,7 +183,11 @@ def learning_rate(recipe: Recipe, peak: jax.Array, step: jax.Array, total_steps:
 
 def take_samples(arrays: Arrays, fold: jax.Array, index: jax.Array) -> Mapping:
     """The model's inputs ``(B, ...)`` of samples ``index`` ``(B,)``, as prepared for held-out fold ``fold``."""
-    taken = dict(jax.tree.map(lambda x: x[fold if x.shape[0] > 1 else 0, index], arrays.inputs))
+
+    def take(x):
+        return x.at[fold if x.shape[0] > 1 else 0, index].get(mode="promise_in_bounds")
+
+    taken = dict(jax.tree.map(take, arrays.inputs))
     for name, (mean, scale) in arrays.maps.items():
         broadcast = (1,) * (taken[name].ndim - 1) + (-1,)  # (channels,) -> (1, ..., channels)
         taken[name] = (taken[name] - mean[fold].reshape(broadcast)) * scale[fold].reshape(broadcast)
@@ -231,7 +228,7 @@ def init_member(learner: Learner, recipe: Recipe, arrays: Arrays, member: Member
     variables = learner.init(stream(member.key, "init"), take_samples(arrays, member.fold, jnp.zeros(1, jnp.int32)))
     return MemberState(
         variables=variables,
-        opt_state=_optimiser(recipe, member.hyper, 0.0).init(variables["params"]),
+        opt_state=init_adam(variables["params"]),
         step=jnp.int32(0),
         stopped=jnp.bool_(False),
         diverged_at=jnp.int32(-1),
@@ -334,18 +331,23 @@ def train_epoch(
 
         params = state.variables["params"]
         (loss, collections), gradients = jax.value_and_grad(loss_fn, has_aux=True)(params)
-        rate = learning_rate(recipe, member.hyper["learning_rate"], state.step, total_steps)
-        updates, opt_state = _optimiser(recipe, member.hyper, rate).update(gradients, state.opt_state, params)
         active = running & jnp.any(sample_mask) & (state.diverged_at < 0)
         finite = jnp.isfinite(loss) & jnp.isfinite(optax.tree.norm(gradients))
         update = active & finite
-
-        def keep(new, old):
-            return jax.tree.map(lambda n, o: jnp.where(update, n, o), new, old)
-
+        params, opt_state = adam_update(
+            params,
+            gradients,
+            state.opt_state,
+            optimiser=recipe.optimiser,
+            rate=learning_rate(recipe, member.hyper["learning_rate"], state.step, total_steps),
+            weight_decay=member.hyper["weight_decay"],
+            update=update,
+        )
+        others = {name: state.variables[name] for name in collections}
+        collections = jax.tree.map(lambda new, old: jnp.where(update, new, old), dict(collections), others)
         state = state.replace(
-            variables=keep({**collections, "params": optax.apply_updates(params, updates)}, dict(state.variables)),
-            opt_state=keep(opt_state, state.opt_state),
+            variables={**state.variables, **collections, "params": params},
+            opt_state=opt_state,
             step=state.step + update.astype(jnp.int32),
             diverged_at=jnp.where(active & ~finite, state.step, state.diverged_at),
         )
