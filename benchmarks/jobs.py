@@ -169,10 +169,10 @@ def prepare_engine(job: Job, together: int = 0, *, one_member: bool = False) -> 
     devices = worker_devices("")
     platform = devices[0].platform
     learner = build_learner(job.config.model, input_channels(job.config), plan.data.clip_labels.shape[1], platform)
-    one_by_one = learner.one_by_one and platform == "cpu"
+    one_by_one = platform == "cpu"
     if one_member:
         devices = devices[:1]
-    size = block_size(len(plan.members), len(devices), platform, 1 if one_member else together, one_by_one)
+    size = block_size(len(plan.members), len(devices), platform, 1 if one_member else together)
     blocks = []
     for start in range(0, len(plan.inputs), size):
         members = plan.inputs[start : start + size]

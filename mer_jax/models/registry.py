@@ -24,15 +24,12 @@ class Learner(NamedTuple):
             the call; ``extras`` may hold ``attention`` (encoder to ``(B, Q, T)``) and ``gate`` ``(G,)``.
         gate_names: What the gate weighs, in its order; empty for a model without one.
         stream_names: What attention over streams weighs, in its order; empty for a model without it.
-        one_by_one: Whether a CPU trains a block's members one after another (a thread each on its own core) rather
-            than all in one vectorised program: faster where a member alone fills the cache, as with convolutions.
     """
 
     init: Callable
     apply: Callable
     gate_names: tuple[str, ...] = ()
     stream_names: tuple[str, ...] = ()
-    one_by_one: bool = False
 
 
 def build_learner(config: Mapping, channels: Sequence[str], num_classes: int, platform: str = "") -> Learner:
@@ -100,7 +97,7 @@ def _build_micro_attnet(config: Mapping, channels: tuple[str, ...], num_classes:
         )
         return logits, collections, extras
 
-    return Learner(init, apply, stream_names=channels if config["attention"] else (), one_by_one=True)
+    return Learner(init, apply, stream_names=channels if config["attention"] else ())
 
 
 def _build_ststnet(config: Mapping, channels: tuple[str, ...], num_classes: int, cache_bytes: int) -> Learner:
@@ -123,7 +120,7 @@ def _build_ststnet(config: Mapping, channels: tuple[str, ...], num_classes: int,
         )
         return logits, collections, {}
 
-    return Learner(init, apply, one_by_one=True)
+    return Learner(init, apply)
 
 
 def _check_size(shape: tuple[int, ...], least: int) -> None:

@@ -9,7 +9,8 @@ from ml_collections import ConfigDict
 
 from mer_jax.errors import UserError
 from mer_jax.evaluation.thresholds import TUNED_MODES
-from mer_jax.study.engine import OPTIMISERS, SCHEDULES
+from mer_jax.study.adam import OPTIMISERS
+from mer_jax.study.engine import SCHEDULES
 from mer_jax.study.held_out import resolve_evaluation
 from mer_jax.study.members import HYPER_NAMES
 from mer_jax.study.search import validate_search

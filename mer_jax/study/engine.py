@@ -22,7 +22,7 @@ from mer_jax.models.losses import (
     softmax_focal_loss,
 )
 from mer_jax.models.registry import Learner
-from mer_jax.study.adam import OPTIMISERS, adam_update, init_adam
+from mer_jax.study.adam import adam_update, init_adam
 from mer_jax.study.members import stream
 
 

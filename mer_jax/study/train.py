@@ -51,11 +51,9 @@ from mer_jax.study.search import draw_candidates
 from mer_jax.study.summary import write_summary
 from mer_jax.study.workdir import check_data, check_workdir, start_workdir, write_tables
 
-# More members a call than this gain nothing on a CPU core (its cache is full) and would leave other cores idle.
-_CPU_BLOCK = 16
+# On a CPU members take turns: one alone keeps its state in the cache. Small blocks keep all cores busy to the end.
+_CPU_BLOCK = 2
 _ACCELERATOR_BLOCK = 128
-# Members that take turns gain nothing from each other: small blocks keep all cores busy to the end.
-_TURNS_BLOCK = 2
 # A stopped run must be gone in 10 s; a worker that is inside a compilation cannot be asked to hurry.
 _GRACE_SECONDS = 8.0
 # Where another process was lost, nobody stands by: the call at work may end, and is saved.
@@ -483,7 +481,7 @@ def planned_fields(plan: Plan) -> dict[str, np.ndarray]:
     }
 
 
-def block_size(num_members: int, num_devices: int, device_kind: str, wanted: int, one_by_one: bool = False) -> int:
+def block_size(num_members: int, num_devices: int, device_kind: str, wanted: int) -> int:
     """How many members one compiled call trains.
 
     On a CPU it does not depend on the number of devices, so neither does any result, to the last bit.
@@ -493,7 +491,6 @@ def block_size(num_members: int, num_devices: int, device_kind: str, wanted: int
         num_devices: Devices at hand.
         device_kind: ``'cpu'`` or another platform.
         wanted: ``config.study.members_together``; 0 to choose.
-        one_by_one: Whether members of a block take turns.
 
     Returns:
         The number, at most ``num_members``; blocks are of nearly equal size.
@@ -501,7 +498,7 @@ def block_size(num_members: int, num_devices: int, device_kind: str, wanted: int
     if wanted:
         return min(wanted, num_members)
     if device_kind == "cpu":
-        blocks = -(-num_members // (_TURNS_BLOCK if one_by_one else _CPU_BLOCK))
+        blocks = -(-num_members // _CPU_BLOCK)
         return -(-num_members // blocks)
     return min(_ACCELERATOR_BLOCK, -(-num_members // num_devices))
 
@@ -533,7 +530,7 @@ def _train_members(
     config: ConfigDict, workdir: Path, plan: Plan, learner: Learner, devices: Sequence[jax.Device], group: Group
 ) -> int:
     platform, num_members = devices[0].platform, len(plan.members)
-    one_by_one = learner.one_by_one and platform == "cpu"
+    one_by_one = platform == "cpu"
     if group.leads:
         _tell_devices(group, devices)
     told = group.wait("devices")
@@ -560,7 +557,7 @@ def _train_members(
         write_tables(workdir, plan.data, plan.clip_fold, plan.members)
         _save_maps(workdir, plan.maps)
         total = sum(each["count"] for each in told)
-        wanted = block_size(num_members, total, platform, config.study.members_together, one_by_one)
+        wanted = block_size(num_members, total, platform, config.study.members_together)
         if not (config.study.members_together or (workdir / _BLOCKS).is_file()):
             memory = fit(wanted)
             wanted = memory.together

@@ -289,11 +289,10 @@ GOLDEN_LOSSES = [0.838478, 0.790188, 0.781238]
 
 @pytest.mark.parametrize("devices", [1, 2, 4])
 def test_cpu_blocks_do_not_depend_on_the_number_of_devices(devices):
-    assert block_size(30, devices, "cpu", 0) == 15
-    assert block_size(300, devices, "cpu", 0) == 16
+    assert block_size(30, devices, "cpu", 0) == 2
+    assert block_size(301, devices, "cpu", 0) == 2
     assert block_size(1, devices, "cpu", 0) == 1
     assert block_size(30, devices, "cpu", 7) == 7
-    assert block_size(68, devices, "cpu", 0, one_by_one=True) == 2
 
 
 def test_accelerators_share_the_members():
