@@ -12,8 +12,9 @@ from typing import Any, TypeVar
 
 import numpy as np
 
+from mer_jax.cluster import Cluster
 from mer_jax.errors import UserError
-from mer_jax.parallel import run_tasks
+from mer_jax.parallel import Workers, run_tasks
 
 _MAX_NAMED = 3
 
@@ -63,15 +64,21 @@ def files_fingerprint(paths: Sequence[Path], *facts: Any) -> str:
 
 
 def finish_clips(
-    function: Callable[[Task], None], tasks: Sequence[Task], *, workers: int | None = None, desc: str
+    function: Callable[[Task], None],
+    tasks: Sequence[Task],
+    *,
+    workers: Workers = None,
+    desc: str,
+    sources: Sequence[Path] = (),
 ) -> dict[str, Path]:
     """Works on all clips that are not finished, also after a kill.
 
     Args:
         function: A module's function that finishes one clip, that is, writes its file at once.
         tasks: All clips, finished or not.
-        workers: Number of processes, one per available processor unless given.
+        workers: Number of processes, one per available processor unless given; or a cluster.
         desc: What is being done, for the progress line.
+        sources: Files that all machines of a cluster must see, such as one of each clip.
 
     Returns:
         Name of the clip to its file.
@@ -80,13 +87,18 @@ def finish_clips(
         UserError: Clips cannot be finished: their names and the first reasons, after all others were finished.
         KeyboardInterrupt: Ctrl-C or SIGTERM; what was finished is kept.
     """
-    # What a kill left of a file that was being written.
+    # What a kill left of a file that was being written. A worker of a cluster that still is at work for a process that
+    # was killed fails by this, unheard; here its clip is not finished and will be.
     for folder in {task.path.parent for task in tasks}:
         for stale in folder.glob(".*.tmp"):
             stale.unlink(missing_ok=True)
     left = [task for task in tasks if not _is_finished(task)]
+    if left and isinstance(workers, Cluster):
+        workers.require(sources)
     results = run_tasks(function, left, workers=workers, desc=desc, unit="clip") if left else []
     errors = [(task.name, result) for task, result in zip(left, results, strict=True) if result is not None]
+    if isinstance(workers, Cluster):
+        workers.await_files(task.path for task, result in zip(left, results, strict=True) if result is None)
     if errors:
         reasons = "; ".join(f"clip {name}: {error}" for name, error in errors[:_MAX_NAMED])
         more = f"; and {len(errors) - _MAX_NAMED} more" if len(errors) > _MAX_NAMED else ""

@@ -1,9 +1,10 @@
 """The command behind ``scripts/build_data.py``."""
 
 import argparse
+import contextlib
 import dataclasses
 import textwrap
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +12,10 @@ from data_builders import four_dme, four_dme_flow, megc2019
 from mer_jax.clips.apex import ApexConfig
 from mer_jax.clips.crops import CropConfig
 from mer_jax.clips.flow import FlowConfig
+from mer_jax.cluster import connect
 from mer_jax.errors import UserError
 from mer_jax.extractors.base import EMBEDDED, EXTRACTORS
+from mer_jax.parallel import Workers
 
 _FRAMES = {
     "demo": ("seed", "demo_clips"),
@@ -21,7 +24,7 @@ _FRAMES = {
 }
 _FEATURES = ("extractors", "features", "feature_frames", "crop")
 _FLOW = ("crop", "apex", "flow")
-# Data set to the flags that it uses; --data_dir and --workers go with all.
+# Data set to the flags that it uses; --data_dir, --workers and --cluster go with all.
 _USED = {
     **{f"four_dme/{config}": (*flags, *_FEATURES) for config, flags in _FRAMES.items()},
     **{f"four_dme_flow/{config}": (*flags, *_FLOW) for config, flags in _FRAMES.items()},
@@ -41,7 +44,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         UserError: An argument is wrong, or the data are.
     """
     flags = vars(_parser().parse_args(arguments))
-    dataset, data_dir, workers = (flags.pop(name) for name in ("dataset", "data_dir", "workers"))
+    dataset, data_dir, workers, cluster = (flags.pop(name) for name in ("dataset", "data_dir", "workers", "cluster"))
     given = {name: value for name, value in flags.items() if value is not None}
     if dataset not in _USED:
         raise UserError(f"--dataset {dataset}: unknown; there are {', '.join(_USED)}")
@@ -51,7 +54,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
             raise UserError(f"--{name}: not used by {dataset}, which takes {taken}; leave it out")
     family, _, config = dataset.partition("/")
     options = _BUILDERS[family][1](config, given)
-    print(_BUILDERS[family][0](config, data_dir=data_dir, workers=workers, **options))
+    with workers_told(workers, cluster, data_dir) as who:
+        built = _BUILDERS[family][0](config, data_dir=data_dir, workers=who, **options)
+    print(built)
 
 
 def _four_dme(config: str, given: dict[str, Any]) -> dict[str, Any]:
@@ -91,10 +96,11 @@ _BUILDERS: dict[str, tuple[Callable[..., Path], Callable[[str, dict[str, Any]], 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="build_data.py",
-        usage="%(prog)s --dataset NAME [--data_dir DIR] [--workers N] [flags of the data set, listed at the end]",
+        usage="%(prog)s --dataset NAME [--data_dir DIR] [--workers N | --cluster ADDRESS] [flags of the data set, "
+        "listed at the end]",
         description="Builds a data set of per-frame features or of optical flow. After an interruption, run it again: "
         "it goes on.",
-        epilog="Flags by data set, beside --data_dir and --workers:\n"
+        epilog="Flags by data set, beside --data_dir, --workers and --cluster:\n"
         + "\n".join(_flags_told(dataset, flags) for dataset, flags in _USED.items()),
         formatter_class=_HelpFormatter,
         allow_abbrev=False,
@@ -103,6 +109,8 @@ def _parser() -> argparse.ArgumentParser:
     add("--dataset", required=True, metavar="NAME", help=f"one of {', '.join(_USED)}")
     add("--data_dir", default="data", metavar="DIR", help="where everything is kept (default: %(default)s)")
     add("--workers", type=int, metavar="N", help="number of processes (default: one per processor)")
+    add("--cluster", metavar="ADDRESS", help="Dask scheduler whose workers do it, such as tcp://host:8786, or its "
+        "scheduler file")  # fmt: skip
 
     add = parser.add_argument_group("where clips are").add_argument
     add("--source", help="folder of sequences (challenge), of frames such as gray_micro (release), of flow images "
@@ -165,6 +173,20 @@ def _values(config: Any, but: Any = None) -> str:
     """Fields and their values, or those that are not as in another config."""
     values = {name: getattr(config, name) for name in _names(config)}
     return " ".join(f"{name}={value}" for name, value in values.items() if but is None or value != getattr(but, name))
+
+
+@contextlib.contextmanager
+def workers_told(workers: int | None, cluster: str | None, data_dir: str) -> Iterator[Workers]:
+    """Who does the work, by the flags ``--workers`` and ``--cluster``."""
+    if cluster is None:
+        yield workers
+        return
+    if workers is not None:
+        raise UserError(
+            "--workers: how many processes work on a cluster is said where they are started; leave it out, or --cluster"
+        )
+    with connect(cluster, data_dir) as connected:
+        yield connected
 
 
 def frames_told(given: Mapping[str, Any]) -> dict[str, Any]:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import fields
 
 from data_builders import four_dme
-from data_builders.command_line import fields_told, frames_told
+from data_builders.command_line import fields_told, frames_told, workers_told
 from mer_jax.clips.crops import CropConfig
 from mer_jax.errors import UserError
 from mer_jax.extractors.networks import NETWORKS
@@ -28,12 +28,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
         names = ", ".join(f"four_dme/{name}" for name in four_dme.CONFIGS)
         raise UserError(f"--dataset {given['dataset']}: features are extracted for {names}")
     options = {**frames_told(given), **fields_told(given, crop=four_dme.default_crop(config))}
-    options |= {
-        name: given[name] for name in ("weights", "bundle", "data_dir", "dtype", "store", "workers") if name in given
-    }
+    options |= {name: given[name] for name in ("weights", "bundle", "data_dir", "dtype", "store") if name in given}
     batch_size = _batch_size(given["batch_size"])
     options["attention"] = given["attention"]
-    print(four_dme.extract_features(given["extractor"], config, batch_size=batch_size, **options))
+    with workers_told(flags["workers"], flags["cluster"], given["data_dir"]) as workers:
+        built = four_dme.extract_features(given["extractor"], config, batch_size=batch_size, workers=workers, **options)
+    print(built)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -63,6 +63,8 @@ def _parser() -> argparse.ArgumentParser:
     add("--dtype", choices=four_dme.DTYPES, help="precision of the network (default: float32)")
     add("--store", choices=four_dme.STORES, help="precision in which features are kept (default: float32)")
     add("--workers", type=int, metavar="N", help="processes that read and align frames (default: one per processor)")
+    add("--cluster", metavar="ADDRESS", help="Dask scheduler, such as tcp://host:8786, or its scheduler file; "
+        "the network then runs on the devices of its workers' machines")  # fmt: skip
 
     group = parser.add_argument_group("where clips are", "default: as the data set, if there is one, was built")
     add = group.add_argument

@@ -9,3 +9,7 @@ class UserError(Exception):
     The doors in ``scripts/`` print it as ``error: <message>`` and exit with status 2; anything else that escapes
     is a defect of the library and keeps its traceback.
     """
+
+
+class WorkerDied(UserError):
+    """A process died of the task that it was given."""

@@ -1,7 +1,9 @@
 """Strict surroundings for every test: four CPU devices, rank promotion raises, warnings are errors."""
 
+import importlib.util
 import os
 import signal
+from pathlib import Path
 
 # Before JAX is first imported: the tests of several devices need them, and none may touch an accelerator. The tests
 # compile many small programs and run each for a moment, so LLVM is told to hurry.
@@ -28,3 +30,30 @@ flags.FLAGS.mark_as_parsed()
 def rng(request):
     """A NumPy generator whose seed is the test's own name, so that no test depends on another."""
     return np.random.default_rng(list(request.node.nodeid.encode()))
+
+
+@pytest.fixture(scope="session")
+def make_cluster(tmp_path_factory):
+    """Starts schedulers, to which tests start workers: ``make_cluster()``, see ``local_cluster.LocalCluster``."""
+    spec = importlib.util.spec_from_file_location("local_cluster", Path(__file__).with_name("local_cluster.py"))
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    made = []
+
+    def make():
+        made.append(module.LocalCluster(tmp_path_factory.mktemp("cluster")))
+        return made[-1]
+
+    yield make
+    for cluster in made:
+        cluster.close()
+
+
+@pytest.fixture(scope="session")
+def two_workers(make_cluster):
+    """A cluster of two worker processes; a test may kill one, as another takes its place."""
+    cluster = make_cluster()
+    for _ in range(2):
+        cluster.start_worker()
+    cluster.await_workers(2)
+    return cluster

@@ -20,13 +20,24 @@ README = (ROOT / "README.md").read_text(encoding="utf-8")
 COMMANDS = [line for block in re.findall(r"```bash\n(.*?)```", README, re.DOTALL) for line in block.splitlines()]
 SCRIPTS = sorted((ROOT / "scripts").glob("*.py"))
 OURS = ("mer_jax", "data_builders", "scripts", "configs")
-HEAVY = ("mediapipe", "transformers", "tensorflow", "tensorflow_datasets", "jax", "flax", "sklearn", "matplotlib")
+HEAVY = (
+    "mediapipe",
+    "transformers",
+    "distributed",
+    "tensorflow",
+    "tensorflow_datasets",
+    "jax",
+    "flax",
+    "sklearn",
+    "matplotlib",
+)
 
 # Packages by the name of the module that is imported, where the names differ.
 PACKAGES = {
     "PIL": "pillow",
     "absl": "absl-py",
     "cv2": "opencv-contrib-python",
+    "dask": "distributed",
     "iterstrat": "iterative-stratification",
     "orbax": "orbax-checkpoint",
     "skimage": "scikit-image",
@@ -143,14 +154,16 @@ def test_what_is_imported_is_required_and_what_is_required_is_imported():
             elif isinstance(node, ast.ImportFrom) and not node.level:
                 imported.add(node.module.partition(".")[0])
     imported -= {*sys.stdlib_module_names, *OURS}
-    assert {PACKAGES.get(name, name) for name in imported} | COMPANIONS == set(requirements("requirements.txt"))
+    required = {**requirements("requirements.txt"), **requirements("requirements-cluster.txt")}
+    assert {PACKAGES.get(name, name) for name in imported} | COMPANIONS == set(required)
 
 
 def test_metadata_and_requirements_agree():
     settings = tomllib.loads((ROOT / "pyproject.toml").read_text())
     dynamic = settings["tool"]["setuptools"]["dynamic"]
     assert dynamic["dependencies"] == {"file": ["requirements.txt"]}
-    assert dynamic["optional-dependencies"] == {"dev": {"file": ["requirements-dev.txt"]}}
+    extras = {name: {"file": [f"requirements-{name}.txt"]} for name in ("dev", "cluster")}
+    assert dynamic["optional-dependencies"] == extras
     assert dynamic["version"] == {"attr": "mer_jax.__version__"}
     project = settings["project"]
     assert set(project["dynamic"]) == {"version", "dependencies", "optional-dependencies"}
@@ -160,8 +173,12 @@ def test_metadata_and_requirements_agree():
     assert minor == re.findall(r"Python :: (3\.\d+)", "\n".join(project["classifiers"])) == ["3.11", "3.12"]
 
     run, dev = requirements("requirements.txt"), requirements("requirements-dev.txt")
-    assert not set(run) & set(dev)
-    for found in (*run.values(), *dev.values()):
+    cluster = requirements("requirements-cluster.txt")
+    assert not set(run) & {*dev, *cluster}
+    assert {name: found.specifier for name, found in cluster.items()}.items() <= {
+        name: found.specifier for name, found in dev.items()
+    }.items()
+    for found in (*run.values(), *dev.values(), *cluster.values()):
         # Neither an address nor an accelerator's extra: both break installations elsewhere.
         assert found.specifier and not found.url and not found.extras and not found.marker, found
     assert [name for name, found in run.items() if "==" in str(found.specifier)] == ["mediapipe"]

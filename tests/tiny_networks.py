@@ -43,6 +43,13 @@ def prepare_slowly(crops: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return prepare(crops)
 
 
+def prepare_or_die(crops: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """As :func:`prepare`; black crops end the process, as a crash in native code does."""
+    if not crops.any():
+        os._exit(1)
+    return prepare(crops)
+
+
 def load(path: str | os.PathLike) -> dict:
     """Weights of ``torch.save`` by the names of ``SHAPES``."""
     state = load_state_dict(path)
@@ -113,5 +120,6 @@ NETWORKS = {
     "tiny_attentive": dataclasses.replace(
         TINY, name="tiny_attentive", attention=attention, attention_grid=(SIZE // PATCH,) * 2, attention_area=area
     ),
+    "tiny_deadly": dataclasses.replace(TINY, name="tiny_deadly", prepare=prepare_or_die, hub=""),
     "tiny_slow": dataclasses.replace(TINY, name="tiny_slow", prepare=prepare_slowly, hub=""),
 }

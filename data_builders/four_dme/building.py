@@ -34,6 +34,7 @@ from mer_jax.extractors.base import EMBEDDED, EXTRACTORS, get_extractor
 from mer_jax.extractors.feature_files import read_sample_features
 from mer_jax.extractors.networks import NETWORKS, get_network
 from mer_jax.files import exclusive
+from mer_jax.parallel import Workers, local_workers
 
 CONFIGS = ("demo", "challenge", "release")
 VERSION = "1.0.0"
@@ -85,7 +86,7 @@ def build(
     extracted: Mapping[str, str | os.PathLike] | None = None,
     crop: CropConfig | None = None,
     feature_frames: Literal["strict", "shortest"] = "strict",
-    workers: int | None = None,
+    workers: Workers = None,
     seed: int = 0,
     demo_clips: tuple[int, int] = DEMO_CLIPS,
 ) -> Path:
@@ -114,7 +115,7 @@ def build(
         crop: How faces are cut out; 256 px for the demo, the paper's 1024 px otherwise, unless given.
         feature_frames: ``'strict'`` refuses features from elsewhere of another number of frames than their
             clip; ``'shortest'`` cuts a sample to the shortest of its features, as the released code does.
-        workers: Number of processes, one per available processor unless given.
+        workers: Number of processes, one per available processor unless given; or a cluster.
         seed: Demo: seed of the clips.
         demo_clips: Demo: number of training and test clips.
 
@@ -203,7 +204,7 @@ class _Place:
     config: str
     data_dir: str | os.PathLike
     extracted: dict[str, Path]
-    workers: int | None
+    workers: Workers
 
     @property
     def target(self) -> Path:
@@ -513,7 +514,7 @@ def _content(clips: Sequence[Clip], options: _Options) -> str:
 # --- reading -----------------------------------------------------------------------------------------------
 
 
-def _clips(options: _Options, data_dir: str | os.PathLike = "", workers: int | None = None) -> list[Clip]:
+def _clips(options: _Options, data_dir: str | os.PathLike = "", workers: Workers = None) -> list[Clip]:
     return find_clips(
         options.config,
         source=options.source,
@@ -539,7 +540,7 @@ def find_clips(
     data_dir: str | os.PathLike,
     seed: int,
     demo_clips: tuple[int, int],
-    workers: int | None,
+    workers: Workers,
 ) -> list[Clip]:
     """Finds the clips of a configuration, rendering demo clips first; the arguments are those of :func:`build`.
 
@@ -550,7 +551,7 @@ def find_clips(
         folder = Path(data_dir) / "clips" / "four_dme_demo"
         num_train, num_test = demo_clips
         return read_challenge(
-            make_demo_clips(folder, num_train=num_train, num_test=num_test, seed=seed, workers=workers)
+            make_demo_clips(folder, num_train=num_train, num_test=num_test, seed=seed, workers=local_workers(workers))
         )
     if source is None:
         raise UserError(

@@ -1,12 +1,17 @@
-"""Extracts the features of a network for a data set: crops in parallel, one program on the devices, a file per clip."""
+"""Extracts the features of a network for a data set: crops in parallel, one program on the devices, a file per clip.
+
+On a cluster each worker does all of that for shares of the clips, on the devices of its own machine.
+"""
 
 import contextlib
 import functools
 import importlib.metadata
 import itertools
 import math
+import multiprocessing
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import socket
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -33,20 +38,24 @@ from data_builders.four_dme.preparation import fingerprint, sample_name, views_o
 from mer_jax import __version__
 from mer_jax.clips.crops import CropConfig
 from mer_jax.clips.layouts import Clip
-from mer_jax.errors import UserError
+from mer_jax.cluster import Cluster, abandoned
+from mer_jax.errors import UserError, WorkerDied
 from mer_jax.extractors.base import EMBEDDED, fill_missing
-from mer_jax.extractors.networks import NETWORKS, Network, get_network
+from mer_jax.extractors.networks import NETWORKS, Network, get_network, network_at
 from mer_jax.files import TEMPORARY_SUFFIX, exclusive
-from mer_jax.parallel import stream_tasks
-from mer_jax.progress import progress
+from mer_jax.parallel import Workers, available_processors, guarded, interruptible, stream_tasks
+from mer_jax.progress import Silent, progress
 
 if TYPE_CHECKING:
     import jax
+
+    from mer_jax.extractors.pipeline import Program
 
 DTYPES = ("float32", "bfloat16")
 STORES = ("float32", "float16")
 _LIBRARIES = ("jax", "jaxlib", "flax", "numpy", "pillow", "opencv-contrib-python", "mediapipe")
 _MAX_NAMED = 3
+_SHARE_BATCHES = 16  # that a worker of a cluster is given at least: it starts processes that read frames for each share
 
 
 def extract_features(
@@ -65,7 +74,7 @@ def extract_features(
     batch_size: int | None = None,
     dtype: str = "float32",
     store: str = "float32",
-    workers: int | None = None,
+    workers: Workers = None,
     seed: int | None = None,
     demo_clips: tuple[int, int] | None = None,
     attention: bool = False,
@@ -95,7 +104,8 @@ def extract_features(
         batch_size: Images per device in one batch; None for as many as its memory allows, within reason.
         dtype: ``'float32'`` or ``'bfloat16'``, in which the network computes.
         store: ``'float32'`` or ``'float16'``, in which features are kept.
-        workers: Number of processes that read and align frames, one per available processor unless given.
+        workers: Number of processes that read and align frames, one per available processor unless given; or a
+            cluster, on whose machines the network then runs, too.
         seed: See there.
         demo_clips: See there.
         attention: Whether to keep, beside the features, what the network attends to in each frame, see
@@ -110,6 +120,7 @@ def extract_features(
     """
     network = get_network(extractor)
     attentive = _attentive(network, bundle) if attention else None
+    module = NETWORKS[network.name]
     for flag, value, choices in (("--dtype", dtype, DTYPES), ("--store", store, STORES)):
         if value not in choices:
             raise UserError(f"{flag} {value}: choose {' or '.join(choices)}")
@@ -134,12 +145,9 @@ def extract_features(
     check_fits(config_name, data_dir, crop=crop, facts={network.name: record.facts()}, **clips_told)
 
     folder = recipe.folder(features_root(config_name, data_dir))
-
-    def load() -> Any:
-        return _load_variables(network, checkpoint, sha256, Path(data_dir) / "weights")
-
+    weights = _Weights(checkpoint, sha256, Path(data_dir) / "weights")
     with exclusive(folder, functools.partial(say_waiting, folder)):
-        _Job(network, record, clips, taken, folder, batch_size, workers).run(load)
+        _Job(network, weights, record, clips, _places(clips), taken, folder, batch_size, workers, module=module).run()
     target = build(
         config_name,
         data_dir=data_dir,
@@ -153,11 +161,13 @@ def extract_features(
         maps = maps_folder(folder)
         record = replace(record, recipe=replace(recipe, store="float16"), dim=attentive.dim)
         with exclusive(maps, functools.partial(say_waiting, maps)):
-            _Job(attentive, record, clips, Bundle(), maps, batch_size, workers, ", attention").run(load)
+            _Job(
+                attentive, weights, record, clips, _places(clips), Bundle(), maps, batch_size, workers, True, module
+            ).run()
     return target
 
 
-def _attentive(network: Network, bundle: str | os.PathLike | None) -> Network:
+def _attentive(network: Network, bundle: str | os.PathLike | None = None) -> Network:
     """The network with the shares of its patches, row by row, in the place of features.
 
     Its features are not asked of the same program: with more to give, a compiler may make their last bits otherwise.
@@ -198,10 +208,26 @@ def _find_weights(
     return path, weights_sha256(path)
 
 
-def _load_variables(network: Network, checkpoint: Path, sha256: str, folder: Path) -> Any:
-    from mer_jax.extractors.weights import load_variables
+@dataclass(frozen=True)
+class _Weights:
+    """A checkpoint, None where nothing is to be extracted, and the folder where it is kept converted."""
 
-    return load_variables(network, checkpoint, sha256, folder)
+    checkpoint: Path | None
+    sha256: str
+    folder: Path
+
+    def load(self, network: Network) -> Any:
+        from mer_jax.extractors.weights import load_variables
+
+        return load_variables(network, self.checkpoint, self.sha256, self.folder)
+
+
+def _places(clips: Sequence[Clip]) -> np.ndarray:
+    """The place of each clip's first image, see :mod:`mer_jax.extractors.pipeline`.
+
+    Places count the frames of all clips in order, finished or not; the views of a frame are neighbours.
+    """
+    return np.cumsum([0, *(len(clip.frames) * len(views_of(clip)) for clip in clips[:-1])])
 
 
 def _listed(names: Sequence[str]) -> str:
@@ -229,25 +255,48 @@ class _OpenClip:
 
 @dataclass
 class _Job:
-    """What is to be done in one folder of features, whose lock is held.
+    """What is to be done in one folder of features, whose lock is held, or a worker's share of it.
 
-    The places of images (see :mod:`mer_jax.extractors.pipeline`) count the frames of all clips in order, finished or
-    not; the views of a frame are neighbours.
+    Attributes:
+        network: What is run.
+        weights: Its weights.
+        record: What is to be said of the features.
+        clips: The clips, finished or not.
+        places: The place of each clip's first image, ascending.
+        bundle: What need not be extracted.
+        folder: Where the features are.
+        batch_size: Images per device, None to decide it here.
+        workers: Who does it.
+        attentive: Whether the network gives what it attends to, see :func:`_attentive`.
+        module: Where the network is found, see :func:`mer_jax.extractors.networks.network_at`.
+        per_machine: How many workers of a cluster share a machine.
     """
 
     network: Network
+    weights: _Weights
     record: Record
     clips: Sequence[Clip]
+    places: np.ndarray
     bundle: Bundle
     folder: Path
     batch_size: int | None
-    workers: int | None
-    what: str = ""  # beside the network's name
+    workers: Workers
+    attentive: bool = False
+    module: str = ""
+    per_machine: int = 1
     _open: dict[int, _OpenClip] = field(default_factory=dict)
     _errors: dict[str, UserError] = field(default_factory=dict)
 
-    def run(self, load_variables: Callable[[], Any]) -> None:
-        """Finishes the clips that are not; ``load_variables`` is called where the network must see any of them."""
+    def __getstate__(self) -> dict[str, Any]:
+        # What a network is made of may have no name by which it could be sent to a worker.
+        return self.__dict__ | {"network": self.network.name}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        network = network_at(state["module"], state["network"])
+        self.__dict__.update(state, network=_attentive(network) if state["attentive"] else network)
+
+    def run(self) -> None:
+        """Finishes the clips that are not."""
         for stale in self.folder.glob(f".*{TEMPORARY_SUFFIX}"):
             stale.unlink(missing_ok=True)
         found = [load_clip(self._path(clip), fingerprint(clip)) for clip in self.clips]
@@ -263,28 +312,11 @@ class _Job:
         if not to_extract:
             return
 
-        from mer_jax.extractors.pipeline import local_devices
-
-        devices = local_devices()
-        made_with = _made_with(devices[0])
-        if any(len(clip.imported) < len(clip.features) for clip in found if clip is not None):
-            self._check_same(before, made_with, len(left))
-        variables = load_variables()
-        total = sum(len(self.clips[index].frames) * len(self._views(index)) for index in to_extract)
-        with (
-            contextlib.closing(self._prepared(to_extract)) as prepared,
-            progress(total=total, desc=f"{self.network.name}{self.what}", unit="img") as bar,
-        ):
-            arrivals = self._arrivals(to_extract, prepared, bar)
-            first = next(arrivals, None)
-            if first is not None:
-                program = self._compile(variables, first[1], devices)
-                del variables
-                at_once = f"{len(devices)} x {program.batch_size} at once"
-                bar.set_description_str(f"{self.network.name}{self.what}, {at_once}", refresh=False)
-                bar.unpause()  # compiling is no part of the rate
-                write_record(self.folder, replace(self.record, batch_size=program.batch_size, made_with=made_with))
-                self._receive(program, itertools.chain([first], arrivals), bar)
+        extracted = any(len(clip.imported) < len(clip.features) for clip in found if clip is not None)
+        if isinstance(self.workers, Cluster):
+            self._run_on_cluster(self.workers, to_extract, before if extracted else None)
+        else:
+            self._run_here(to_extract, before if extracted else None)
         if self._errors:
             reasons = [f"clip {name}: {error}" for name, error in self._errors.items()]
             more = f"; and {len(reasons) - _MAX_NAMED} more" if len(reasons) > _MAX_NAMED else ""
@@ -293,12 +325,135 @@ class _Job:
                 f"{more}); the others are finished and kept: repair or remove these and run the same command again"
             )
 
-    @functools.cached_property
-    def _offsets(self) -> np.ndarray:
-        """The place of each clip's first image, and the place after the last."""
-        return np.cumsum([0, *(len(clip.frames) * len(views_of(clip)) for clip in self.clips)])
+    def _run_here(self, to_extract: Sequence[int], before: Record | None) -> None:
+        """Extracts clips on the devices of this machine, as it was begun ``before``."""
+        from mer_jax.extractors.pipeline import local_devices
 
-    def _check_same(self, before: Record, made_with: Mapping[str, str], num_left: int) -> None:
+        devices = local_devices()
+        made_with = _made_with(devices[0])
+        if before is not None:
+            self._go_on_as(before, made_with, len(to_extract))
+        variables = self.weights.load(self.network)
+        with (
+            contextlib.closing(self._prepared(to_extract)) as prepared,
+            self._progress(to_extract) as bar,
+        ):
+            arrivals = self._arrivals(to_extract, prepared, bar)
+            first = next(arrivals, None)
+            if first is not None:
+                program = self._compile(variables, first[1], devices)
+                del variables
+                self._begin(program.batch_size, made_with, f"{len(devices)} x {program.batch_size} at once", bar)
+                self._receive(program, itertools.chain([first], arrivals), bar)
+
+    def _run_on_cluster(self, cluster: Cluster, to_extract: Sequence[int], before: Record | None) -> None:
+        """Extracts clips on the cluster's devices; which worker does a clip, and with which others, changes no bit."""
+        cluster.require([self.clips[index].frames[0] for index in to_extract])
+        if self.weights.checkpoint is not None:
+            cluster.require([self.weights.checkpoint])
+        with interruptible():
+            made_with, batch_size = self._decide(cluster, to_extract, before)
+        to_extract = [index for index in to_extract if self.clips[index].name not in self._errors]
+        if before is not None and made_with:
+            self._go_on_as(before, made_with, len(to_extract))
+        sizes = [self._num_images(index) for index in to_extract]
+        parts = share_out(sizes, cluster.num_workers, _SHARE_BATCHES * max(1, batch_size))
+        with interruptible(), self._progress(to_extract) as bar:
+            if batch_size:
+                self.batch_size = batch_size
+                self._begin(batch_size, made_with, f"{batch_size} at once per device", bar)
+            lost = self._extract_shares(cluster, [[to_extract[n] for n in part] for part in parts], bar)
+            # Of the clips of such a share one is to blame.
+            for index, error in self._extract_shares(cluster, [[index] for index, _ in lost], bar):
+                self._errors[self.clips[index].name] = error
+        names = [self.clips[index].name for index in to_extract]
+        cluster.await_files(self.folder / f"{name}.npz" for name in names if name not in self._errors)
+
+    def _decide(self, cluster: Cluster, to_extract: Sequence[int], before: Record | None) -> tuple[dict[str, str], int]:
+        """Asks a worker for what :func:`_decide` tells of the first clip that has anything to see."""
+        made_with: dict[str, str] = {}
+        for index in to_extract:
+            job = replace(self._share([index]), batch_size=self.batch_size or (before and before.batch_size))
+            ((_, decided),) = cluster.map(functools.partial(guarded, _decide), [job], unit="clip")
+            if isinstance(decided, WorkerDied):
+                name = self.clips[index].name
+                if self._errors:
+                    raise WorkerDied(f"clips {next(iter(self._errors))} and {name}: {decided}")
+                self._errors[name] = decided
+            elif isinstance(decided, UserError):
+                raise decided
+            else:
+                made_with, batch_size = decided
+                if batch_size:
+                    return made_with, batch_size
+        return made_with, 0
+
+    def _extract_shares(
+        self, cluster: Cluster, shares: Sequence[Sequence[int]], bar: tqdm
+    ) -> list[tuple[int, WorkerDied]]:
+        """Has workers extract shares of clips; what is not finished since its workers died is returned."""
+        lost = []
+        before = self._names()
+        counted: set[int] = set()
+
+        def count(indices: Iterable[int]) -> None:
+            new = set(indices) - counted
+            counted.update(new)
+            bar.update(sum(map(self._num_images, new)))
+
+        def watch() -> None:
+            names = self._names() - before
+            count(index for share in shares for index in share if self._path(self.clips[index]).name in names)
+
+        per_machine = cluster.workers_per_machine()
+        tasks = [replace(self._share(share), per_machine=per_machine) for share in shares]
+        extracted = cluster.map(functools.partial(guarded, _extract_share), tasks, unit="clip", watch=watch)
+        with contextlib.closing(extracted):
+            for number, result in extracted:
+                if isinstance(result, WorkerDied):
+                    watch()
+                    lost += [(index, result) for index in shares[number] if index not in counted]
+                    continue
+                if isinstance(result, UserError):
+                    raise result
+                self._errors |= result
+                count(shares[number])
+        return lost
+
+    def _names(self) -> set[str]:
+        return set(os.listdir(self.folder))
+
+    def _share(self, indices: Sequence[int]) -> "_Job":
+        """The part of the job that some clips are, for a worker."""
+        clips = [self.clips[index] for index in indices]
+        samples = {sample_name(clip, view) for clip in clips for view in views_of(clip)}
+        bundle = Bundle(
+            {sample: rows for sample, rows in self.bundle.features.items() if sample in samples},
+            {sample: paths for sample, paths in self.bundle.crops.items() if sample in samples},
+        )
+        return replace(self, clips=clips, places=self.places[list(indices)], bundle=bundle, workers=1, _errors={})
+
+    def _progress(self, indices: Sequence[int]) -> tqdm:
+        return progress(total=sum(map(self._num_images, indices)), desc=self._title, unit="img")
+
+    @property
+    def name(self) -> str:
+        """Which clips these are."""
+        first, last = self.clips[0].name, self.clips[-1].name
+        return first if first == last else f"{first} to {last}"
+
+    @property
+    def _title(self) -> str:
+        return f"{self.network.name}{', attention' if self.attentive else ''}"
+
+    def _begin(self, batch_size: int, made_with: Mapping[str, str], at_once: str, bar: tqdm) -> None:
+        """Keeps with what it is done, now that it is known."""
+        self.record = replace(self.record, batch_size=batch_size, made_with=dict(made_with))
+        write_record(self.folder, self.record)
+        bar.set_description_str(f"{self._title}, {at_once}", refresh=False)
+        bar.unpause()  # compiling is no part of the rate
+
+    def _go_on_as(self, before: Record, made_with: Mapping[str, str], num_left: int) -> None:
         """Refuses to go on otherwise than it began, so that no feature depends on the interruption."""
         old = {**before.made_with, "--batch_size": before.batch_size}
         new = {**made_with, "--batch_size": self.batch_size or before.batch_size}
@@ -325,14 +480,14 @@ class _Job:
 
     def _prepared(self, indices: Sequence[int]) -> Iterator[dict[str, tuple[np.ndarray, np.ndarray]] | UserError]:
         """What the workers make of the clips, part by part in order."""
-        place, crop = NETWORKS[self.network.name], CropConfig(**self.record.recipe.crop)
+        crop = CropConfig(**self.record.recipe.crop)
         tasks = []
         for index in indices:
             clip, views = self.clips[index], self._views(index)
             crops = {view: self.bundle.crops.get(sample_name(clip, view)) for view in views}
             crops = {view: paths for view, paths in crops.items() if paths is not None}
             for start, stop in self._spans(index):
-                tasks.append(Chunk(place, self.network.name, clip, crop, views, start, stop, crops))
+                tasks.append(Chunk(self.module, self.network.name, clip, crop, views, start, stop, crops))
         return stream_tasks(prepare_chunk, tasks, workers=self.workers, unit="clip")
 
     def _arrivals(self, indices: Sequence[int], prepared: Iterator, bar: tqdm) -> Iterator[tuple[int, np.ndarray]]:
@@ -354,7 +509,7 @@ class _Job:
                         bar.update(1)
                         continue
                     at_work.sent += 1
-                    place = int(self._offsets[index]) + frame * len(names) + names.index(view)
+                    place = int(self.places[index]) + frame * len(names) + names.index(view)
                     yield place, images[frame - start : frame - start + 1]
             at_work.read = True
             self._close(index)
@@ -365,9 +520,9 @@ class _Job:
 
         for place, rows in run(program, arrivals):
             for offset, row in enumerate(rows):
-                index = int(np.searchsorted(self._offsets, place + offset, side="right")) - 1
+                index = int(np.searchsorted(self.places, place + offset, side="right")) - 1
                 names, at_work = views_of(self.clips[index]), self._open[index]
-                frame, view = divmod(place + offset - int(self._offsets[index]), len(names))
+                frame, view = divmod(place + offset - int(self.places[index]), len(names))
                 at_work.rows[names[view]][frame] = row
                 at_work.come += 1
                 self._close(index)
@@ -408,6 +563,9 @@ class _Job:
         imported = tuple(view for view in views_of(clip) if view not in extracted)
         save_clip(self._path(clip), fingerprint(clip), ClipFeatures(features, missing, imported))
 
+    def _num_images(self, index: int) -> int:
+        return len(self.clips[index].frames) * len(self._views(index))
+
     def _path(self, clip: Clip) -> Path:
         return self.folder / f"{clip.name}.npz"
 
@@ -419,6 +577,98 @@ class _Job:
     def _spans(self, index: int) -> list[tuple[int, int]]:
         num_views, size = len(self._views(index)), self.record.recipe.crop["size"]
         return spans(len(self.clips[index].frames), num_views, size, self.network.input_shape)
+
+
+def _decide(job: _Job) -> tuple[dict[str, str], int]:
+    """In a worker of a cluster: with what it works, and the images that one of its devices takes, 0 if there are none.
+
+    Raises:
+        UserError: The weights are bad, or the device's memory does not suffice.
+    """
+    from mer_jax.extractors.pipeline import local_devices
+
+    devices = local_devices()
+    everything = range(len(job.clips))
+    with contextlib.closing(job._prepared(everything)) as prepared:
+        first = next(job._arrivals(everything, prepared, Silent()), None)
+    return _made_with(devices[0]), _program(job, first[1], devices).batch_size if first else 0
+
+
+def _extract_share(job: _Job) -> dict[str, UserError]:
+    """In a worker of a cluster: finishes clips on the devices of its machine, but for those whose errors it returns.
+
+    Raises:
+        WorkerDied: A process that reads frames died.
+        UserError: None of the clips could be extracted like this here.
+    """
+    from mer_jax.extractors.pipeline import local_devices
+
+    devices = local_devices()
+    made_with, begun = _made_with(devices[0]), job.record.made_with
+    if begun and made_with != begun:
+        differences = [f"{name} {made_with.get(name)} instead of {value}" for name, value in begun.items()
+                       if made_with.get(name) != value]  # fmt: skip
+        raise UserError(
+            f"a worker on {socket.gethostname()} has {', '.join(differences)}, so that its features would not have the "
+            "same bits; have all work done by machines of one kind, and run the same command again"
+        )
+    # Dask's worker may be a daemon, to which processes of its own are forbidden lest they outlive it; these do not.
+    multiprocessing.current_process().daemon = False
+    job.workers = max(1, available_processors() // job.per_machine)
+    # What another worker finished before it was lost.
+    left = [index for index, clip in enumerate(job.clips) if load_clip(job._path(clip), fingerprint(clip)) is None]
+    try:
+        with contextlib.closing(job._prepared(left)) as prepared:
+            arrivals = _while_wanted(job._arrivals(left, prepared, Silent()))
+            first = next(arrivals, None)
+            if first is not None:
+                job._receive(_program(job, first[1], devices), itertools.chain([first], arrivals), Silent())
+    except WorkerDied as error:
+        raise WorkerDied("a process that read its frames died (often: out of memory)") from error
+    return job._errors
+
+
+def _while_wanted(arrivals: Iterator[tuple[int, np.ndarray]]) -> Iterator[tuple[int, np.ndarray]]:
+    for arrival in arrivals:
+        if abandoned():
+            raise UserError("given up")  # and nobody listens
+        yield arrival
+
+
+_PROGRAMS: dict[tuple, "Program"] = {}  # the last one that this process needed, if any
+
+
+def _program(job: _Job, image: np.ndarray, devices: "Sequence[jax.Device]") -> "Program":
+    """The compiled network, loaded and compiled once in a process however many shares it gets."""
+    key = job.module, job.network.name, job.attentive, job.weights, job.record.recipe.dtype, image.shape, image.dtype
+    if key not in _PROGRAMS or job.batch_size not in (None, _PROGRAMS[key].batch_size):
+        _PROGRAMS.clear()
+        _PROGRAMS[key] = job._compile(job.weights.load(job.network), image, devices)
+    return _PROGRAMS[key]
+
+
+def share_out(sizes: Sequence[int], num_workers: int, least: int) -> list[range]:
+    """Parts of neighbouring clips for workers that take one after the other.
+
+    They become smaller and smaller, so that all workers end at about the same time.
+
+    Args:
+        sizes: Number of images of each clip.
+        num_workers: How many workers there are.
+        least: Number of images below which a part is not worth it.
+
+    Returns:
+        The clips of each part.
+    """
+    parts, start, left = [], 0, sum(sizes)
+    while start < len(sizes):
+        wanted, stop, size = max(least, left / (2 * num_workers)), start, 0
+        while stop < len(sizes) and size < wanted:
+            size += sizes[stop]
+            stop += 1
+        parts.append(range(start, stop))
+        start, left = stop, left - size
+    return parts
 
 
 def _made_with(device: "jax.Device") -> dict[str, str]:

@@ -16,6 +16,7 @@ from mer_jax.clips.layouts import Clip
 from mer_jax.clips.views import split_views
 from mer_jax.extractors.base import fill_missing, get_extractor
 from mer_jax.files import atomic_savez
+from mer_jax.parallel import Workers
 
 VERSION = 1  # of what is kept per clip; to be raised whenever it changes
 
@@ -68,7 +69,7 @@ def prepare(
     extractors: Sequence[str],
     folder: Path,
     *,
-    workers: int | None = None,
+    workers: Workers = None,
 ) -> dict[str, Path]:
     """Computes boxes and features of all clips; finished clips are found again, also after a kill.
 
@@ -77,7 +78,7 @@ def prepare(
         crop: How faces are cut out.
         extractors: Names of the embedded extractors to run; may be empty.
         folder: Where the finished clips are kept, under the hash of the settings, one file per clip.
-        workers: Number of processes, one per available processor unless given.
+        workers: Number of processes, one per available processor unless given; or a cluster.
 
     Returns:
         Clip name to the file that :func:`load_prepared` reads.
@@ -94,7 +95,7 @@ def prepare(
         for clip in clips
     ]
     desc = "extracting features" if extractors else "finding faces"
-    return finish_clips(_prepare_clip, tasks, workers=workers, desc=desc)
+    return finish_clips(_prepare_clip, tasks, workers=workers, desc=desc, sources=[clip.frames[0] for clip in clips])
 
 
 def load_prepared(path: Path, view: str) -> PreparedView:

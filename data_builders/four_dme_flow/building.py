@@ -24,6 +24,7 @@ from mer_jax.clips.flow import FlowConfig
 from mer_jax.clips.layouts import LABELS, Clip
 from mer_jax.errors import UserError
 from mer_jax.files import exclusive
+from mer_jax.parallel import Workers
 
 FAMILY = "four_dme_flow"
 DEFAULT_CROP = CropConfig(rule="largest", size=224)
@@ -66,7 +67,7 @@ def build(
     crop: CropConfig = DEFAULT_CROP,
     apex: ApexConfig | None = None,
     flow: FlowConfig | None = None,
-    workers: int | None = None,
+    workers: Workers = None,
     seed: int = 0,
     demo_clips: tuple[int, int] = DEMO_CLIPS,
 ) -> Path:
@@ -87,7 +88,7 @@ def build(
         crop: How faces are cut out.
         apex: How the apex is found.
         flow: How flow is computed.
-        workers: Number of processes, one per available processor unless given.
+        workers: Number of processes, one per available processor unless given; or a cluster.
         seed: Demo: seed of the clips.
         demo_clips: Demo: number of training and test clips.
 

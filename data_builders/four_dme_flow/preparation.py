@@ -18,6 +18,7 @@ from mer_jax.clips.frames import read_frames
 from mer_jax.clips.layouts import Clip
 from mer_jax.errors import UserError
 from mer_jax.files import atomic_savez
+from mer_jax.parallel import Workers
 
 VERSION = 1  # of what is kept per clip; to be raised whenever it changes
 
@@ -61,7 +62,7 @@ def prepare(
     flow: FlowConfig,
     folder: Path,
     *,
-    workers: int | None = None,
+    workers: Workers = None,
 ) -> dict[str, Path]:
     """Computes apex and flow of all clips; finished clips are found again, also after a kill.
 
@@ -71,7 +72,7 @@ def prepare(
         apex: How the apex is found.
         flow: How flow is computed.
         folder: Where the finished clips are kept, under the hash of the settings, one file per clip.
-        workers: Number of processes, one per available processor unless given.
+        workers: Number of processes, one per available processor unless given; or a cluster.
 
     Returns:
         Clip name to the file that :func:`load_prepared` reads.
@@ -85,7 +86,9 @@ def prepare(
     for clip in clips:
         told = fingerprint(clip, clip.onset, clip.apex, clip.offset)
         tasks.append(_Task(clip.name, folder / f"{clip.name}.npz", told, clip, crop, apex, flow))
-    return finish_clips(_prepare_clip, tasks, workers=workers, desc="computing flow")
+    return finish_clips(
+        _prepare_clip, tasks, workers=workers, desc="computing flow", sources=[clip.frames[0] for clip in clips]
+    )
 
 
 def load_prepared(path: Path, view: str) -> PreparedFlow:

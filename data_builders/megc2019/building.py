@@ -30,6 +30,7 @@ from mer_jax.clips.demo import VERSION as DEMO_CLIPS_VERSION
 from mer_jax.clips.flow import FlowConfig
 from mer_jax.errors import UserError
 from mer_jax.files import exclusive
+from mer_jax.parallel import Workers
 
 FAMILY = "megc2019"
 CONFIGS = ("folder", "raw", "demo")
@@ -95,7 +96,7 @@ def build(
     flow: FlowConfig | None = None,
     size: int | None = None,
     store: Literal["image", "flow"] | None = None,
-    workers: int | None = None,
+    workers: Workers = None,
     seed: int | None = None,
     demo_clips: tuple[int, int] | None = None,
 ) -> Path:
@@ -126,7 +127,7 @@ def build(
         size: Raw: side of the stored maps, 28 unless given.
         store: Raw: ``'image'`` (the default) stretches u, v and strain to 8 bits as the published images do, so that
             a model of these takes them; ``'flow'`` keeps u and v in px of the crop.
-        workers: Number of processes, one per available processor unless given.
+        workers: Number of processes, one per available processor unless given; or a cluster.
         seed: Demo: seed of the demo clips, 0 unless given.
         demo_clips: Demo: number of training and test clips, 100 and 28 unless given.
 
@@ -250,7 +251,7 @@ def _plan_folder(given: Mapping[str, Any]) -> _Plan:
     return _Plan(settings, content, write)
 
 
-def _plan_demo(data_dir: Path, given: Mapping[str, Any], workers: int | None) -> _Plan:
+def _plan_demo(data_dir: Path, given: Mapping[str, Any], workers: Workers) -> _Plan:
     seed, demo_clips = given.get("seed", 0), tuple(given.get("demo_clips", DEMO_CLIPS))
     settings = {
         "seed": seed,
@@ -301,7 +302,7 @@ def _write_images(
 # --- raw frames --------------------------------------------------------------------------------------------
 
 
-def _plan_raw(given: Mapping[str, Any], workers: int | None) -> _Plan:
+def _plan_raw(given: Mapping[str, Any], workers: Workers) -> _Plan:
     folders = find_databases(Path(given["source"])) if "source" in given else {}
     folders |= {database: Path(given[database]) for database in DATABASES if database in given}
     sheets = {

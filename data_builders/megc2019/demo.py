@@ -29,9 +29,10 @@ from mer_jax.clips.flow import FlowConfig, to_grey
 from mer_jax.clips.frames import read_frame
 from mer_jax.clips.layouts import LABELS, Clip, read_challenge
 from mer_jax.clips.views import split_views
+from mer_jax.cluster import Cluster
 from mer_jax.errors import UserError
 from mer_jax.files import atomic_write_bytes, atomic_write_text
-from mer_jax.parallel import run_tasks
+from mer_jax.parallel import Workers, local_workers, run_tasks
 
 VERSION = 1  # of the images; to be raised whenever any pixel or name changes
 IMAGES = "STSNet_whole_norm_u_v_os"
@@ -63,7 +64,7 @@ class _DemoClip:
 
 
 def make_demo_images(
-    data_dir: Path, *, seed: int, demo_clips: tuple[int, int], workers: int | None = None
+    data_dir: Path, *, seed: int, demo_clips: tuple[int, int], workers: Workers = None
 ) -> tuple[Path, Path]:
     """Makes the flat folder and its table in ``data_dir/clips/megc2019_demo``; what is there already is kept.
 
@@ -71,7 +72,7 @@ def make_demo_images(
         data_dir: Where everything is kept; its demo clips are used, or made first.
         seed: Of the demo clips.
         demo_clips: Number of training and test clips to choose from.
-        workers: Number of processes, one per available processor unless given.
+        workers: Number of processes, one per available processor unless given; or a cluster.
 
     Returns:
         (folder of images, table).
@@ -88,7 +89,11 @@ def make_demo_images(
 
     num_train, num_test = demo_clips
     source = make_demo_clips(
-        data_dir / "clips" / "four_dme_demo", num_train=num_train, num_test=num_test, seed=seed, workers=workers
+        data_dir / "clips" / "four_dme_demo",
+        num_train=num_train,
+        num_test=num_test,
+        seed=seed,
+        workers=local_workers(workers),
     )
     clips = [(clip, label) for clip in read_challenge(source) if (label := _class_of(clip)) is not None]
     if len({clip.subject for clip, _ in clips}) < 2:
@@ -103,6 +108,8 @@ def make_demo_images(
     for done in run_tasks(_make_images, missing, workers=workers, desc="computing flow of demo clips", unit="clip"):
         if isinstance(done, UserError):
             raise done
+    if isinstance(workers, Cluster):
+        workers.await_files(path for task in missing for path in task.paths.values())
     atomic_write_text(folder / "README.md", _NOTICE)
     # Last, because with it the folder counts as whole.
     atomic_write_text(table, _csv(rows))

@@ -17,6 +17,7 @@ from mer_jax.clips.faces import FaceDetector
 from mer_jax.clips.flow import FlowConfig, to_grey
 from mer_jax.clips.frames import read_frame, read_frames
 from mer_jax.files import atomic_savez
+from mer_jax.parallel import Workers
 
 VERSION = 2  # of what is kept per clip; to be raised whenever it changes
 WHOLE_SIZE = 224  # px; to what frames are brought that are no crops of ours, so that flow has one unit everywhere
@@ -73,7 +74,7 @@ def prepare(
     size: int,
     folder: Path,
     *,
-    workers: int | None = None,
+    workers: Workers = None,
 ) -> dict[str, Path]:
     """Computes the maps of all clips; finished clips are found again, also after a kill.
 
@@ -85,7 +86,7 @@ def prepare(
         flow: How flow is computed.
         size: Side of the maps.
         folder: Where the finished clips are kept, under the hash of the settings, one file per clip.
-        workers: Number of processes, one per available processor unless given.
+        workers: Number of processes, one per available processor unless given; or a cluster.
 
     Returns:
         Clip name to the file that :func:`load_prepared` reads.
@@ -98,7 +99,9 @@ def prepare(
     tasks = [
         _Task(clip.name, folder / f"{clip.name}.npz", fingerprint(clip), clip, crop, apex, flow, size) for clip in clips
     ]
-    return finish_clips(_prepare_clip, tasks, workers=workers, desc="computing flow")
+    return finish_clips(
+        _prepare_clip, tasks, workers=workers, desc="computing flow", sources=[clip.frames[0] for clip in clips]
+    )
 
 
 def load_prepared(path: Path) -> PreparedClip:

@@ -2,8 +2,10 @@
 
 import importlib.util
 import json
+import os
 import shutil
 import signal
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +17,7 @@ from PIL import Image
 from data_builders import four_dme
 from mer_jax.clips.crops import CropConfig
 from mer_jax.clips.demo import make_demo_clips
+from mer_jax.extractors import networks
 
 ROOT = Path(__file__).resolve().parents[2]
 TESTS = ROOT / "tests"
@@ -126,6 +129,51 @@ def test_killed_twice_it_ends_like_an_uninterrupted_run(copy_of, extract):
     assert not list(killed.rglob("*.tmp"))
     names = {path.name for path in (whole / "weights").iterdir()}
     assert len(names) == 2 and "lock" in names
+
+
+@pytest.fixture
+def extracted_here(copy_of, weights, monkeypatch):
+    """Features of this process."""
+    monkeypatch.setitem(sys.modules, "tiny_networks", tiny_networks)
+    monkeypatch.setitem(networks.NETWORKS, "tiny_slow", "tiny_networks:NETWORKS")
+    data_dir = copy_of("here")
+    four_dme.extract_features("tiny_slow", "challenge", weights=weights, data_dir=data_dir, batch_size=3, workers=1)
+    return data_dir
+
+
+@pytest.mark.parametrize("door_is_killed", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_what_is_lost_on_a_cluster_costs_nothing(
+    extracted_here, copy_of, door, program, weights, two_workers, door_is_killed
+):
+    data_dir = copy_of("data")
+
+    def start():
+        return door(program, "--extractor", "tiny_slow", "--weights", weights, "--dataset", "four_dme/challenge",
+                    "--data_dir", "data", "--batch_size", 3, "--cluster", two_workers.file,
+                    cwd=data_dir.parent)  # fmt: skip
+
+    process = start()
+    process.wait_for(lambda: len(finished(data_dir)) >= 2)
+    os.kill(two_workers.pids()[0], signal.SIGKILL)
+    if door_is_killed:
+        process.wait_for(lambda: len(finished(data_dir)) >= 5)
+        process.stop(signal.SIGKILL)
+        assert 5 <= len(finished(data_dir)) < 14
+        process = start()
+    process.end()
+    assert process.status == 0, process.stderr
+    assert process.stdout == "data/four_dme/challenge/1.0.0\n"
+    assert door_is_killed or process.stderr.startswith("a worker has gone (tcp://")
+    assert "\ntiny_slow, 3 at once per device: 112/112 img [" in f"\n{process.stderr}" or door_is_killed
+    assert "Traceback" not in process.stderr and "distributed" not in process.stderr
+    assert content(features_folder(extracted_here)) == content(features_folder(data_dir))
+    assert not list(data_dir.rglob("*.tmp")) and not list(data_dir.glob(".cluster*"))
+
+
+def test_a_cluster_has_its_own_workers(extract, tmp_path):
+    done = extract(tmp_path / "data", "--cluster", "tcp://127.0.0.1:9").end()
+    assert "--workers: how many processes work on a cluster is said where they are started; leave" in done.error
+    assert not (tmp_path / "data").exists()
 
 
 def test_a_polite_stop_says_how_to_go_on(copy_of, extract, tmp_path):
