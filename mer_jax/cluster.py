@@ -234,6 +234,9 @@ class Cluster:
             if (error.name or "").partition(".")[0] in _PACKAGES:
                 raise _not_installed("that came during the work", error) from error
             raise
+        finally:
+            # Not left to __del__: it takes its time, and an interrupt that comes there is lost.
+            future.release()
         if problem:
             raise UserError(problem)
         return result
