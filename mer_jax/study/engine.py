@@ -417,6 +417,30 @@ def finish_member(
     return {"probabilities": probabilities} | watched | ({"gate": extras["gate"]} if "gate" in extras else {})
 
 
+def in_turn(function: Callable, members: MemberInputs, states: MemberState) -> tuple[MemberState, Watch]:
+    """Calls ``function`` with one member and its state after another; a mapping would keep all states twice.
+
+    Args:
+        function: ``(member, state) -> (state, what was seen)``.
+        members: With a leading axis b.
+        states: Theirs.
+
+    Returns:
+        The new states and what was seen, with a leading axis b.
+    """
+    count = states.step.shape[0]
+    first = jax.tree.map(lambda x: x[0], (members, states))
+    seen = jax.tree.map(lambda x: jnp.zeros((count, *x.shape), x.dtype), jax.eval_shape(function, *first)[1])
+
+    def turn(number, carry):
+        one = jax.tree.map(lambda x: x[number], (members, carry[0]))
+        return jax.tree.map(
+            lambda many, new: jax.lax.dynamic_update_index_in_dim(many, new, number, 0), carry, function(*one)
+        )
+
+    return jax.lax.fori_loop(0, count, turn, (states, seen))
+
+
 class Programs(NamedTuple):
     """The three compiled functions of a study, each over a block of members (leading axis b).
 
@@ -451,16 +475,15 @@ def make_programs(
         body = functools.partial(train_epoch, learner, recipe, num_steps, last_batch, arrays, member)
         return jax.lax.scan(body, state, epochs)
 
-    def over_members(function):
-        if not one_by_one:
-            return jax.vmap(function, in_axes=(0, 0))
-        return lambda members, states: jax.lax.map(lambda pair: function(*pair), (members, states))
-
     def epochs(arrays, members, states, numbers):
-        return over_members(lambda member, state: many_epochs(arrays, member, state, numbers))(members, states)
+        def one(member, state):
+            return many_epochs(arrays, member, state, numbers)
+
+        return in_turn(one, members, states) if one_by_one else jax.vmap(one)(members, states)
 
     def finish(arrays, members, states):
-        return over_members(functools.partial(finish_member, learner, recipe, arrays))(members, states)
+        one = functools.partial(finish_member, learner, recipe, arrays)
+        return jax.lax.map(lambda pair: one(*pair), (members, states)) if one_by_one else jax.vmap(one)(members, states)
 
     init = jax.vmap(functools.partial(init_member, learner, recipe), in_axes=(None, 0))
     return Programs(
