@@ -54,7 +54,8 @@ class MultiQueryPooling(nn.Module):
 
         probes = queries @ key_kernel.T * self.key_dim**-0.5  # (Q, d_k) (d_k, D) -> (Q, D)
         if feature_scale is not None:
-            # Scaling the probes instead would need a product a sample, which costs more than scaling the frames.
+            # Scaling the probes instead would need a product a sample, which costs more than scaling the frames. What a
+            # branch makes is made once; a compiler would otherwise scale again for every product below.
             features = jax.lax.cond(
                 jnp.any(feature_scale != 1.0), lambda: features * feature_scale[:, None, :], lambda: features
             )  # (B, T, D) (B, 1, D)

@@ -185,6 +185,7 @@ def take_samples(arrays: Arrays, fold: jax.Array, index: jax.Array) -> Mapping:
     """The model's inputs ``(B, ...)`` of samples ``index`` ``(B,)``, as prepared for held-out fold ``fold``."""
 
     def take(x):
+        # Without a look whether the index lies within: it is our own.
         return x.at[fold if x.shape[0] > 1 else 0, index].get(mode="promise_in_bounds")
 
     taken = dict(jax.tree.map(take, arrays.inputs))
