@@ -379,12 +379,16 @@ def phase_times(job: Job, repeats: int) -> dict[str, float]:
                 key = jax.random.fold_in(member.key, number)
                 hyper = no_dropout if phase == "forward" else member.hyper
 
+                # With a constant mask, or without the running statistics, the compiler would leave work out.
+                mask = number * recipe.batch_size + jnp.arange(size) < jnp.sum(member.train_mask)
+
                 def loss(params):
                     variables = {**state.variables, "params": params}
-                    logits, _, _ = learner.apply(variables, inputs, jnp.ones(size, bool), True, hyper, key)
-                    return sample_losses(recipe, logits, labels, None, member.hyper).mean()
+                    logits, collections, _ = learner.apply(variables, inputs, mask, True, hyper, key)
+                    losses = sample_losses(recipe, logits, labels, None, member.hyper)
+                    return jnp.sum(losses * mask) / jnp.sum(mask), collections
 
-                value = jax.value_and_grad(loss)(params) if phase == "backward" else loss(params)
+                value = jax.value_and_grad(loss, has_aux=True)(params) if phase == "backward" else loss(params)
                 return (params, value), None
 
             params = state.variables["params"]

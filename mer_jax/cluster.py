@@ -128,7 +128,7 @@ class Cluster:
         Raises:
             UserError: It names the machine and the file.
         """
-        self._ask(_unseen, tuple(map(str, paths)))
+        self._ask(_unseen, self._expected, tuple(map(str, paths)))
 
     def await_files(self, paths: Iterable[Path]) -> None:
         """Waits until this machine sees files that workers have written; network file systems take their time.
@@ -203,7 +203,7 @@ class Cluster:
         hosts = {}
         try:
             answers = self._client.run(*_call(question, *arguments), on_error="return")
-        except (OSError, RuntimeError) as error:
+        except (OSError, RuntimeError, AttributeError) as error:  # Dask forgets a scheduler that is gone for long
             raise self._scheduler_gone() from error
         for address, answer in answers.items():
             if isinstance(answer, ImportError | AttributeError):  # none, or an old one
@@ -363,11 +363,14 @@ def _keep_memory() -> None:
         libc.mallopt(trim_threshold, 2**26)
 
 
-def _unseen(paths: Sequence[str]) -> tuple[str, str]:
+def _unseen(expected: _Expected, paths: Sequence[str]) -> tuple[str, str]:
     """In a worker: the machine's name, and which files it does not see, '' if all are there."""
+    host, problem = _examine(expected)  # which also takes a worker that has just come to the right folder
+    if problem:
+        return host, problem
     unseen = [path for path in paths if not os.path.exists(path)]
     problem = f"does not see {unseen[0]}; put it on a file system that all machines share" if unseen else ""
-    return socket.gethostname(), problem
+    return host, problem
 
 
 def _run_task(expected: _Expected, function: Callable[[Task], Result], task: Task) -> tuple[Result | None, str]:

@@ -357,15 +357,15 @@ class _Job:
         if before is not None and made_with:
             self._go_on_as(before, made_with, len(to_extract))
         sizes = [self._num_images(index) for index in to_extract]
-        parts = share_out(sizes, cluster.num_workers, _SHARE_BATCHES * max(1, batch_size))
+        parts = share_out(sizes, max(1, cluster.num_workers), _SHARE_BATCHES * max(1, batch_size))
         with interruptible(), self._progress(to_extract) as bar:
             if batch_size:
                 self.batch_size = batch_size
                 self._begin(batch_size, made_with, f"{batch_size} at once per device", bar)
             lost = self._extract_shares(cluster, [[to_extract[n] for n in part] for part in parts], bar)
-            # Of the clips of such a share one is to blame.
-            for index, error in self._extract_shares(cluster, [[index] for index, _ in lost], bar):
-                self._errors[self.clips[index].name] = error
+            if lost:  # of the clips of such a share one is to blame
+                for index, error in self._extract_shares(cluster, [[index] for index, _ in lost], bar):
+                    self._errors[self.clips[index].name] = error
         names = [self.clips[index].name for index in to_extract]
         cluster.await_files(self.folder / f"{name}.npz" for name in names if name not in self._errors)
 
@@ -635,16 +635,21 @@ def _while_wanted(arrivals: Iterator[tuple[int, np.ndarray]]) -> Iterator[tuple[
         yield arrival
 
 
-_PROGRAMS: dict[tuple, "Program"] = {}  # the last one that this process needed, if any
+# The last one that this process needed, if any, and the batch size that it was asked for with.
+_PROGRAMS: dict[tuple, tuple["Program", int | None]] = {}
 
 
 def _program(job: _Job, image: np.ndarray, devices: "Sequence[jax.Device]") -> "Program":
     """The compiled network, loaded and compiled once in a process however many shares it gets."""
     key = job.module, job.network.name, job.attentive, job.weights, job.record.recipe.dtype, image.shape, image.dtype
-    if key not in _PROGRAMS or job.batch_size not in (None, _PROGRAMS[key].batch_size):
+    program, asked = _PROGRAMS.get(key, (None, None))
+    # What another command asked for is not what memory allows.
+    fits = asked is None if job.batch_size is None else program is not None and program.batch_size == job.batch_size
+    if program is None or not fits:
         _PROGRAMS.clear()
-        _PROGRAMS[key] = job._compile(job.weights.load(job.network), image, devices)
-    return _PROGRAMS[key]
+        program = job._compile(job.weights.load(job.network), image, devices)
+        _PROGRAMS[key] = program, job.batch_size
+    return program
 
 
 def share_out(sizes: Sequence[int], num_workers: int, least: int) -> list[range]:

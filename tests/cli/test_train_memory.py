@@ -72,7 +72,7 @@ def bits(workdir):
 def test_out_of_memory_halves_the_members_and_goes_on_from_the_checkpoint(trained, tmp_path):
     calls, told = trained("enough")
     assert calls == [5] * 5
-    assert "5 members (1 folds x 5), 5 together in one program, on 1 cpu device (" in told and "GiB each)" in told
+    assert "5 members (1 folds x 5), 5 in turn in one program, on 1 cpu device (" in told and "GiB each)" in told
     calls, told = trained("scarce", failing=(4,))
     # Three epochs of five, then the rest in two parts, the second of which is filled up.
     assert calls == [*[5] * 4, *[3, 3] * 2]
