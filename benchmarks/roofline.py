@@ -399,9 +399,10 @@ def phase_times(job: Job, repeats: int) -> dict[str, float]:
             carry, _ = jax.lax.scan(
                 lambda carry, number: step(carry, number, recipe.batch_size), carry, jnp.arange(full_steps)
             )
-            if plan.last_batch:
-                carry, _ = step(carry, jnp.int32(full_steps), plan.last_batch)
-            return carry[1]
+            if not plan.last_batch:
+                return carry[1]
+            last, _ = step(carry, jnp.int32(full_steps), plan.last_batch)
+            return carry[1], last[1]  # both, or the compiler would leave the full batches out
 
         return one
 
