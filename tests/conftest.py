@@ -57,3 +57,12 @@ def two_workers(make_cluster):
         cluster.start_worker()
     cluster.await_workers(2)
     return cluster
+
+
+@pytest.fixture
+def cluster(two_workers, tmp_path):
+    """A connection to those workers, for the folder ``tmp_path / "data"``."""
+    from mer_jax.cluster import connect
+
+    with connect(two_workers.address, tmp_path / "data") as connected:
+        yield connected

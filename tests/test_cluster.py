@@ -27,12 +27,6 @@ ROOT = Path(mer_jax.__file__).resolve().parents[1]
 
 
 @pytest.fixture
-def cluster(two_workers, tmp_path):
-    with connect(two_workers.address, tmp_path / "data") as connected:
-        yield connected
-
-
-@pytest.fixture
 def impatient(monkeypatch):
     """Waits for nothing for long."""
     monkeypatch.setattr(clusters, "CONNECT_SECONDS", 1)

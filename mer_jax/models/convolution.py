@@ -190,19 +190,8 @@ def _train_block_forward(block, x, kernel, bias, scale, shift, sample_mask):
     inverse = jax.lax.rsqrt(variance + block.epsilon)
     normalised = (_join(extreme, batch) - _channels(mean)) * _channels(inverse)
     y = _channels(scale) * normalised + _channels(shift)
-    return (y, mean + _bias_left(block, bias), variance), (
-        x,
-        kernel,
-        bias,
-        scale,
-        mean,
-        inverse,
-        count,
-        normalised,
-        place,
-        sample_mask,
-        z,
-    )
+    outputs = y, mean + _bias_left(block, bias), variance
+    return outputs, (x, kernel, bias, scale, mean, inverse, count, normalised, place, sample_mask, z)
 
 
 def _train_block_backward(block, saved, gradients):

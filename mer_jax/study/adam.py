@@ -43,7 +43,7 @@ def adam_update(
         optimiser: ``'adamw'``, or ``'adam'``, whose weight decay is an L2 term in the gradient, as in PyTorch.
         rate: Learning rate, a scalar.
         weight_decay: Its factor, a scalar.
-        update: Scalar bool; where False, parameters and state come back as they are.
+        update: Scalar bool; where False, finite parameters and states come back as they are.
 
     Returns:
         The new parameters and the new state.

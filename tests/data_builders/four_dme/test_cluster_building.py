@@ -20,12 +20,6 @@ pytestmark = pytest.mark.usefixtures("registered")
 
 
 @pytest.fixture
-def cluster(two_workers, tmp_path):
-    with connect(two_workers.address, tmp_path / "data") as connected:
-        yield connected
-
-
-@pytest.fixture
 def small_shares(monkeypatch):
     monkeypatch.setattr(feature_building, "_SHARE_BATCHES", 1)
 
