@@ -17,6 +17,7 @@ import argparse
 import json
 import platform
 import re
+import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -28,8 +29,10 @@ import numpy as np
 
 from benchmarks.jobs import MODELS, make_job, own_peak_gib, peak_gib_of, single_way, study_way, take_turns
 from mer_jax.cli import open_door
+from mer_jax.models.registry import CONVOLUTIONAL
 from mer_jax.parallel import available_processors
 from mer_jax.study.devices import worker_devices
+from mer_jax.study.loops import merge_loops
 
 COUNTS = (1, 10, 30, 100, 300)
 WAYS = ("study", "single", "pytorch", "vmap")
@@ -283,7 +286,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if given.plot:
             draw(rows, given.plot)
         return
+    if len(given.models) > 1:  # a study trains one model a process, too, and chooses XLA's options for it
+        for name in given.models:
+            subprocess.run([sys.executable, __file__, *(arguments or sys.argv[1:]), "--models", name], check=True)
+        return
     jax.config.update("jax_default_matmul_precision", "highest")
+    if given.models[0] not in CONVOLUTIONAL:
+        merge_loops()
     if given.cache:
         jax.config.update("jax_compilation_cache_dir", given.cache)
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
@@ -293,15 +302,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
         print(json.dumps({"peak_gib": own_peak_gib()}))
         return
     print(_machine_line())
-    for name in given.models:
-        if given.phases:
-            rows = (measure_phases(given, name) for _ in range(1))
-        else:
-            rows = ((measure_peaks if given.peaks else measure)(given, name, count) for count in given.members)
-        for row in rows:
-            if given.json:
-                with given.json.open("a") as stream:
-                    stream.write(json.dumps(row) + "\n")
+    name = given.models[0]
+    measure_one = measure_peaks if given.peaks else measure
+    rows = (measure_one(given, name, count) for count in given.members)
+    for row in [measure_phases(given, name)] if given.phases else rows:
+        if given.json:
+            with given.json.open("a") as stream:
+                stream.write(json.dumps(row) + "\n")
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 
 from mer_jax.models.layers import dropout_scale
 from mer_jax.models.mqa import MultiQueryPooling
+from mer_jax.models.products import project_general
 
 FUSIONS = ("gate", "mean", "concat")
 DROPOUT_KINDS = ("clip", "frame")
@@ -45,7 +46,7 @@ class ClassifierHead(nn.Module):
     @nn.compact
     def __call__(self, descriptor: jax.Array, *, train: bool = False, dropout: jax.Array | float = 0.0) -> jax.Array:
         """Maps descriptors ``(B, d_k)`` to logits ``(B, num_classes)``; ``dropout`` is a rate in [0, 1)."""
-        hidden = nn.Dense(self.hidden_dim, name="hidden")(descriptor)
+        hidden = nn.Dense(self.hidden_dim, name="hidden", dot_general=project_general)(descriptor)
         hidden = nn.gelu(hidden, approximate=False)
         hidden = nn.LayerNorm(epsilon=1e-5, name="norm")(hidden)
         scale = dropout_scale(self, hidden.shape, dropout, train)

@@ -4,6 +4,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from mer_jax.models.products import project, project_back
+
 # Large enough to vanish after softmax, small enough that a row of nothing but padding stays finite.
 _MASKED_SCORE = -1e30
 
@@ -52,7 +54,7 @@ class MultiQueryPooling(nn.Module):
         key_kernel = self.param("key_kernel", nn.initializers.lecun_normal(), (width, self.key_dim))
         value_kernel = self.param("value_kernel", nn.initializers.lecun_normal(), (width, self.key_dim))
 
-        probes = queries @ key_kernel.T * self.key_dim**-0.5  # (Q, d_k) (d_k, D) -> (Q, D)
+        probes = project_back(queries, key_kernel) * self.key_dim**-0.5  # (Q, d_k) (d_k, D) -> (Q, D)
         if feature_scale is not None:
             # Scaling the probes instead would need a product a sample, which costs more than scaling the frames. What a
             # branch makes is made once; a compiler would otherwise scale again for every product below.
@@ -66,5 +68,5 @@ class MultiQueryPooling(nn.Module):
             scores = jnp.where(frame_mask[:, None, :], scores, _MASKED_SCORE)  # (B, 1, T) over (B, Q, T)
         attention = nn.softmax(scores, axis=-1)
         pooled = jnp.einsum("bt,btd->bd", attention.mean(axis=1), features)
-        pooled = pooled @ value_kernel  # (B, D) (D, d_k) -> (B, d_k)
+        pooled = project(pooled, value_kernel)  # (B, D) (D, d_k) -> (B, d_k)
         return (pooled, attention) if return_attention else pooled

@@ -8,6 +8,9 @@ from mer_jax.models.fusion import DROPOUT_KINDS, FUSIONS, FusionClassifier
 from mer_jax.models.micro_attnet import MicroAttNet
 from mer_jax.models.ststnet import STSTNet
 
+CONVOLUTIONAL = ("micro_attnet", "ststnet")
+"""Models whose time goes into the maps of convolutions."""
+
 # What of a convolution's maps a core of a CPU keeps at hand (measured: see benchmarks/micro_attnet.py).
 _CACHE_BYTES = 1 << 20
 

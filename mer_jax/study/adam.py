@@ -9,6 +9,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from mer_jax.study.loops import loops_are_merged
+
 _MEAN_DECAY = 0.9
 _SQUARE_DECAY = 0.999
 _EPSILON = 1e-8
@@ -61,11 +63,29 @@ def adam_update(
         gradient = jnp.where(update, gradient, 0.0)
         return gradient if decoupled else gradient + weight_decay * param
 
+    def new_mean(mean, gradient):
+        return keep_mean * mean + add_mean * gradient
+
+    def new_square(square, gradient):
+        return keep_square * square + add_square * gradient * gradient
+
     def new_param(param, mean, square):
         change = mean * mean_scale / (jnp.sqrt(square * square_scale) + _EPSILON)
         return param - rate * (change + weight_decay * param if decoupled else change)
 
     gradients = jax.tree.map(gradient_of, gradients, params)
-    means = jax.tree.map(lambda mean, gradient: keep_mean * mean + add_mean * gradient, state.mu, gradients)
-    squares = jax.tree.map(lambda square, g: keep_square * square + add_square * g * g, state.nu, gradients)
-    return jax.tree.map(new_param, params, means, squares), optax.ScaleByAdamState(count, means, squares)
+    means = jax.tree.map(new_mean, state.mu, gradients)
+    squares = jax.tree.map(new_square, state.nu, gradients)
+    if loops_are_merged():
+        # In one loop with the moments each is at hand; apart, new parameters had better read the new moments.
+        mu, nu, again = jax.lax.optimization_barrier((state.mu, state.nu, gradients))
+        params = jax.tree.map(
+            lambda param, mean, square, g: new_param(param, new_mean(mean, g), new_square(square, g)),
+            params,
+            mu,
+            nu,
+            again,
+        )
+    else:
+        params = jax.tree.map(new_param, params, means, squares)
+    return params, optax.ScaleByAdamState(count, means, squares)

@@ -142,6 +142,8 @@ class Watch(NamedTuple):
 
 
 _HURRY = {"xla_backend_optimization_level": 1}
+# Samples that are only looked at take less memory than those in training, and more of them make better use of kernels.
+_WATCHED_BATCHES = 4
 
 SCHEDULES = ("cosine", "constant")
 
@@ -250,13 +252,13 @@ def predict_samples(
         arrays: The data.
         fold: int32, the member's held-out fold.
         index: ``(V,)`` int32.
-        batch: Samples at a time; the last batch is padded, nothing is dropped.
+        batch: Most samples at a time; the last batch is padded, nothing is dropped.
 
     Returns:
         Logits ``(V, C)`` and a dict of the attention averaged over queries, encoder to ``(V, T)``.
     """
     count = index.shape[0]
-    batch = min(batch, count)
+    batch = -(-count // -(-count // batch))  # as many a call, and as little padding
     padded = jnp.pad(index, (0, -count % batch)).reshape(-1, batch)  # (V,) -> (batches, batch)
 
     def run(rows):
@@ -363,7 +365,9 @@ def train_epoch(
         state, (loss_sum, count) = step(state, jnp.int32(full_steps), last_batch)
         loss_sums, counts = jnp.append(loss_sums, loss_sum), jnp.append(counts, count)
 
-    logits, _ = predict_samples(learner, state.variables, arrays, member.fold, member.watched, recipe.batch_size)
+    logits, _ = predict_samples(
+        learner, state.variables, arrays, member.fold, member.watched, _WATCHED_BATCHES * recipe.batch_size
+    )
     losses = sample_losses(recipe, logits, arrays.labels[member.watched], weight, member.hyper)
     inner_loss = _masked_mean(losses, member.watched_inner)
     if recipe.patience:
@@ -416,6 +420,36 @@ def finish_member(
     probabilities = jnp.where(state.diverged_at < 0, class_probabilities(recipe, logits), jnp.nan)
     watched = {f"attention_{name}": values[member.watched] for name, values in attention.items()}  # (N, T) -> (V, T)
     return {"probabilities": probabilities} | watched | ({"gate": extras["gate"]} if "gate" in extras else {})
+
+
+def many_epochs(recipe: Recipe, train: Callable, states: MemberState, epochs: jax.Array) -> tuple[MemberState, Watch]:
+    """Calls ``train`` for one epoch after another, until none of the members it trains goes on.
+
+    Args:
+        recipe: Gives the last epoch.
+        train: ``(states, epoch) -> (states, watch)``, of one member or of several.
+        states: Before the first of them.
+        epochs: ``(E,)`` int32.
+
+    Returns:
+        The new states, and what was seen with a leading axis E; NaN for epochs that were not reached.
+    """
+    shapes = jax.eval_shape(train, states, epochs[0])[1]
+    unseen = jax.tree.map(lambda x: jnp.full((*epochs.shape, *x.shape), jnp.nan, x.dtype), shapes)
+
+    def goes_on(carry):
+        number, states, _ = carry
+        running = jnp.any(~states.stopped & (states.diverged_at < 0))
+        return (number < epochs.shape[0]) & running & (epochs[number] <= recipe.epochs)
+
+    def once(carry):
+        number, states, seen = carry
+        states, watch = train(states, epochs[number])
+        put = functools.partial(jax.lax.dynamic_update_index_in_dim, index=number, axis=0)
+        return number + 1, states, jax.tree.map(put, seen, watch)
+
+    _, states, seen = jax.lax.while_loop(goes_on, once, (jnp.int32(0), states, unseen))
+    return states, seen
 
 
 def in_turn(function: Callable, members: MemberInputs, states: MemberState) -> tuple[MemberState, Watch]:
@@ -472,15 +506,18 @@ def make_programs(
         The programs.
     """
 
-    def many_epochs(arrays, member, state, epochs):
-        body = functools.partial(train_epoch, learner, recipe, num_steps, last_batch, arrays, member)
-        return jax.lax.scan(body, state, epochs)
-
     def epochs(arrays, members, states, numbers):
-        def one(member, state):
-            return many_epochs(arrays, member, state, numbers)
+        def one(member, state, epoch):
+            return train_epoch(learner, recipe, num_steps, last_batch, arrays, member, state, epoch)
 
-        return in_turn(one, members, states) if one_by_one else jax.vmap(one)(members, states)
+        def all_epochs(member, state):
+            return many_epochs(recipe, functools.partial(one, member), state, numbers)
+
+        if one_by_one:
+            return in_turn(all_epochs, members, states)
+        together = functools.partial(jax.vmap(one, in_axes=(0, 0, None)), members)
+        states, seen = many_epochs(recipe, together, states, numbers)
+        return states, jax.tree.map(lambda x: x.swapaxes(0, 1), seen)  # (E, b, ...) -> (b, E, ...)
 
     def finish(arrays, members, states):
         one = functools.partial(finish_member, learner, recipe, arrays)

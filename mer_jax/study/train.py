@@ -24,7 +24,7 @@ from ml_collections import ConfigDict
 from mer_jax.clips.flow import CHANNELS
 from mer_jax.errors import EXIT_USER_ERROR, UserError
 from mer_jax.files import TEMPORARY_SUFFIX, atomic_savez, atomic_write_bytes, atomic_write_text, exclusive
-from mer_jax.models.registry import Learner, build_learner
+from mer_jax.models.registry import CONVOLUTIONAL, Learner, build_learner
 from mer_jax.progress import Silent, progress
 from mer_jax.study import engine, shown
 from mer_jax.study.checkpoints import BlockCheckpoints, save_tree
@@ -41,6 +41,7 @@ from mer_jax.study.data import (
     prepare_flow,
 )
 from mer_jax.study.devices import worker_devices
+from mer_jax.study.loops import merge_loops
 from mer_jax.study.folds import inner_split, make_folds
 from mer_jax.study.held_out import resolve_evaluation
 from mer_jax.study.hosts import Group, LostProcess
@@ -142,7 +143,7 @@ def train_study(
         for stale in workdir.glob(f".*{TEMPORARY_SUFFIX}"):  # left by a kill
             stale.unlink()
         if not (workdir / FILENAME).is_file():
-            devices = worker_devices(config.platform)
+            devices = _devices(config)
             data = data or load_data(config)
             # Before any training: thresholds that do not suit the labels would be refused only after it.
             resolve_evaluation(config.evaluation.to_dict(), data.label_names, data.task == MULTI_CLASS)
@@ -163,9 +164,15 @@ def train_study(
     return status
 
 
+def _devices(config: ConfigDict) -> list[jax.Device]:
+    if config.model.name not in CONVOLUTIONAL:
+        merge_loops()
+    return worker_devices(config.platform)
+
+
 def _train_along(config: ConfigDict, workdir: Path, group: Group, data: StudyData | None) -> int:
     """:func:`train_study` in all processes but the first, which prepares the folder and writes the results."""
-    devices = worker_devices(config.platform)
+    devices = _devices(config)
     _tell_devices(group, devices)
     if not group.wait("ready", [0])[0]["finished"]:
         _await_files(workdir, [workdir / "config.json", workdir / _BLOCKS])
@@ -761,6 +768,8 @@ class _BlockRunner:
             history = {name: np.array(values) for name, values in saved.items()}
         else:
             state = over_parts(functools.partial(self._programs.init, arrays), members)
+            copies = np.arange(self._size) >= len(rows)
+            state = state.replace(stopped=state.stopped | copies)  # they take no time
         self._forget_after([plan.members[row].id for row in rows], epoch)
         self._count(number, len(rows) * epoch, trained=False)
         saved_at = time.monotonic()

@@ -109,6 +109,24 @@ def test_members_in_turn_equal_members_together():
     np.testing.assert_allclose(watch.inner_loss, together.inner_loss, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("one_by_one", [False, True])
+def test_a_stopped_member_takes_no_step_and_a_finished_block_ends(one_by_one):
+    """Also a copy that fills a block up, which is stopped from the first."""
+    block = engine.stack_members([member(*spec) for spec in TEN[:3]])
+    compiled = programs(one_by_one=one_by_one)
+    state = compiled.init(arrays(), block)
+    for stopped in ([False, True, False], [True, True, True]):
+        before = jax.device_get(state.replace(stopped=jnp.array(stopped)))
+        state, watch = compiled.epochs(arrays(), block, jax.device_put(before), jnp.arange(1, 4))
+        assert ((np.asarray(state.step) > before.step) == ~np.array(stopped)).all()
+        for curve in watch:
+            assert (np.isfinite(np.asarray(curve)).reshape(3, -1).all(axis=1) == ~np.array(stopped)).all()
+        for new, old in zip(jax.tree.leaves(state), jax.tree.leaves(before), strict=True):
+            np.testing.assert_array_equal(np.asarray(new)[stopped], old[stopped])
+    _, watch = compiled.epochs(arrays(), block, compiled.init(arrays(), block), jnp.arange(5, 8))
+    assert np.isfinite(watch.inner_loss[:, :2]).all() and np.isnan(watch.inner_loss[:, 2:]).all()
+
+
 def test_each_member_has_its_own_focal_exponent():
     """Beside each other, as in a program whose exponent is a constant; 0 is cross-entropy."""
     spec = member(1, 2), member(1, 2, focal_gamma=2.0)
