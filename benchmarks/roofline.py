@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from benchmarks.jobs import WIDTHS, Job, on_threads, prepare_engine, seconds, take_turns
-from mer_jax.study.engine import predict_samples, sample_losses, take_samples
+from mer_jax.study.engine import predict_watched, sample_losses, take_samples
 
 PHASES = ("gather", "dropout", "forward", "backward", "update", "watch")
 _FLOAT = 4  # bytes
@@ -407,7 +407,7 @@ def phase_times(job: Job, repeats: int) -> dict[str, float]:
         return one
 
     def watch(arrays, member, state):
-        return predict_samples(learner, state.variables, arrays, member.fold, member.watched, recipe.batch_size)[0]
+        return predict_watched(learner, recipe, state.variables, arrays, member)
 
     def program(one):
         if not engine.one_by_one:

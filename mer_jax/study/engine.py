@@ -142,8 +142,7 @@ class Watch(NamedTuple):
 
 
 _HURRY = {"xla_backend_optimization_level": 1}
-# Samples that are only looked at take less memory than those in training, and more of them make better use of kernels.
-_WATCHED_BATCHES = 4
+_CPU_WATCHED_BATCHES = 4
 
 SCHEDULES = ("cosine", "constant")
 
@@ -271,6 +270,18 @@ def predict_samples(
     return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:])[:count], outputs)  # (batches, batch, ...) -> (V, ...)
 
 
+def predict_watched(
+    learner: Learner, recipe: Recipe, variables: Mapping, arrays: Arrays, member: MemberInputs
+) -> jax.Array:
+    """Logits ``(V, C)`` of a member's inner and held-out samples.
+
+    A CPU makes better use of a kernel with more of them at a time, and has the memory; maps of convolutions are cut
+    into pieces there.
+    """
+    batch = recipe.batch_size * (_CPU_WATCHED_BATCHES if jax.default_backend() == "cpu" else 1)
+    return predict_samples(learner, variables, arrays, member.fold, member.watched, batch)[0]
+
+
 def _masked_mean(values: jax.Array, mask: jax.Array) -> jax.Array:
     """Mean of ``values`` where ``mask``; NaN where it selects nothing."""
     return jnp.sum(jnp.where(mask, values, 0.0)) / jnp.sum(mask)
@@ -365,9 +376,7 @@ def train_epoch(
         state, (loss_sum, count) = step(state, jnp.int32(full_steps), last_batch)
         loss_sums, counts = jnp.append(loss_sums, loss_sum), jnp.append(counts, count)
 
-    logits, _ = predict_samples(
-        learner, state.variables, arrays, member.fold, member.watched, _WATCHED_BATCHES * recipe.batch_size
-    )
+    logits = predict_watched(learner, recipe, state.variables, arrays, member)
     losses = sample_losses(recipe, logits, arrays.labels[member.watched], weight, member.hyper)
     inner_loss = _masked_mean(losses, member.watched_inner)
     if recipe.patience:
@@ -422,7 +431,16 @@ def finish_member(
     return {"probabilities": probabilities} | watched | ({"gate": extras["gate"]} if "gate" in extras else {})
 
 
-def many_epochs(recipe: Recipe, train: Callable, states: MemberState, epochs: jax.Array) -> tuple[MemberState, Watch]:
+def unseen(arrays: Arrays, members: MemberInputs, *leading: int) -> Watch:
+    """What is seen of epochs that are not reached: NaN, with axes ``leading`` before those of a member and epoch."""
+    nothing = jnp.full(leading, jnp.nan, jnp.float32)
+    shape = (*leading, members.watched.shape[-1], arrays.labels.shape[-1])
+    return Watch(nothing, nothing, nothing, jnp.full(shape, jnp.nan, jnp.float32))
+
+
+def many_epochs(
+    recipe: Recipe, train: Callable, states: MemberState, epochs: jax.Array, seen: Watch
+) -> tuple[MemberState, Watch]:
     """Calls ``train`` for one epoch after another, until none of the members it trains goes on.
 
     Args:
@@ -430,12 +448,11 @@ def many_epochs(recipe: Recipe, train: Callable, states: MemberState, epochs: ja
         train: ``(states, epoch) -> (states, watch)``, of one member or of several.
         states: Before the first of them.
         epochs: ``(E,)`` int32.
+        seen: Their watches, with a leading axis E, to be filled.
 
     Returns:
-        The new states, and what was seen with a leading axis E; NaN for epochs that were not reached.
+        The new states and watches.
     """
-    shapes = jax.eval_shape(train, states, epochs[0])[1]
-    unseen = jax.tree.map(lambda x: jnp.full((*epochs.shape, *x.shape), jnp.nan, x.dtype), shapes)
 
     def goes_on(carry):
         number, states, _ = carry
@@ -448,32 +465,31 @@ def many_epochs(recipe: Recipe, train: Callable, states: MemberState, epochs: ja
         put = functools.partial(jax.lax.dynamic_update_index_in_dim, index=number, axis=0)
         return number + 1, states, jax.tree.map(put, seen, watch)
 
-    _, states, seen = jax.lax.while_loop(goes_on, once, (jnp.int32(0), states, unseen))
+    _, states, seen = jax.lax.while_loop(goes_on, once, (jnp.int32(0), states, seen))
     return states, seen
 
 
-def in_turn(function: Callable, members: MemberInputs, states: MemberState) -> tuple[MemberState, Watch]:
-    """Calls ``function`` with one member and its state after another; a mapping would keep all states twice.
+def in_turn(function: Callable, members: MemberInputs, *carried):
+    """Calls ``function`` with one member after another; a mapping would keep what it changes twice.
 
     Args:
-        function: ``(member, state) -> (state, what was seen)``.
+        function: ``(member, *carried) -> carried``.
         members: With a leading axis b.
-        states: Theirs.
+        *carried: Trees with a leading axis b: what ``function`` takes of a member and returns changed.
 
     Returns:
-        The new states and what was seen, with a leading axis b.
+        The trees, changed.
     """
-    count = states.step.shape[0]
-    first = jax.tree.map(lambda x: x[0], (members, states))
-    seen = jax.tree.map(lambda x: jnp.zeros((count, *x.shape), x.dtype), jax.eval_shape(function, *first)[1])
 
-    def turn(number, carry):
-        one = jax.tree.map(lambda x: x[number], (members, carry[0]))
+    def turn(number, carried):
+        member, *one = jax.tree.map(lambda x: x[number], (members, *carried))
         return jax.tree.map(
-            lambda many, new: jax.lax.dynamic_update_index_in_dim(many, new, number, 0), carry, function(*one)
+            lambda many, new: jax.lax.dynamic_update_index_in_dim(many, new, number, 0),
+            carried,
+            tuple(function(member, *one)),
         )
 
-    return jax.lax.fori_loop(0, count, turn, (states, seen))
+    return jax.lax.fori_loop(0, members.fold.shape[0], turn, carried)
 
 
 class Programs(NamedTuple):
@@ -510,13 +526,14 @@ def make_programs(
         def one(member, state, epoch):
             return train_epoch(learner, recipe, num_steps, last_batch, arrays, member, state, epoch)
 
-        def all_epochs(member, state):
-            return many_epochs(recipe, functools.partial(one, member), state, numbers)
+        def all_epochs(member, state, seen):
+            return many_epochs(recipe, functools.partial(one, member), state, numbers, seen)
 
+        block, count = members.fold.shape[0], numbers.shape[0]
         if one_by_one:
-            return in_turn(all_epochs, members, states)
+            return in_turn(all_epochs, members, states, unseen(arrays, members, block, count))
         together = functools.partial(jax.vmap(one, in_axes=(0, 0, None)), members)
-        states, seen = many_epochs(recipe, together, states, numbers)
+        states, seen = many_epochs(recipe, together, states, numbers, unseen(arrays, members, count, block))
         return states, jax.tree.map(lambda x: x.swapaxes(0, 1), seen)  # (E, b, ...) -> (b, E, ...)
 
     def finish(arrays, members, states):

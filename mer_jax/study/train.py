@@ -41,10 +41,10 @@ from mer_jax.study.data import (
     prepare_flow,
 )
 from mer_jax.study.devices import worker_devices
-from mer_jax.study.loops import merge_loops
 from mer_jax.study.folds import inner_split, make_folds
 from mer_jax.study.held_out import resolve_evaluation
 from mer_jax.study.hosts import Group, LostProcess
+from mer_jax.study.loops import merge_loops
 from mer_jax.study.members import HYPER_NAMES, Member, make_members, member_key
 from mer_jax.study.memory import MemoryPlan, free_bytes, is_out_of_memory, plan_memory
 from mer_jax.study.results import FILENAME, StudyResults
