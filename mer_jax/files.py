@@ -69,9 +69,11 @@ def atomic_write_bytes(path: str | os.PathLike, data: bytes) -> None:
             stream.flush()
             os.fsync(stream.fileno())
         os.replace(temporary, path)
-    except OSError as error:
+    except BaseException as error:  # a signal that asks to stop may come in the middle, too
         with contextlib.suppress(OSError):
             temporary.unlink()
+        if not isinstance(error, OSError):
+            raise
         raise UserError(
             f"{path}: cannot be written ({error.strerror or error}); free space or choose another folder, "
             "then run the same command again"
