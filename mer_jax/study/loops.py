@@ -34,7 +34,7 @@ def _jax_is_running() -> bool:
     return False
 
 
-@functools.lru_cache(maxsize=1)
+@functools.cache
 def loops_are_merged() -> bool:
     """Whether a CPU's compiler does so in this process: it is asked for a program of two outputs and looked at."""
     if jax.default_backend() != "cpu":

@@ -64,7 +64,6 @@ def member(fold, seed, watched=40, **hyper):
     return engine.member_inputs(key, fold, values, ~heldout & ~inner, inner, heldout, watched)
 
 
-@functools.cache
 @functools.cache  # compiled once for all tests that train by the same recipe
 def programs(recipe=RECIPE, num_steps=3, one_by_one=False):
     return engine.make_programs(learner(), recipe, num_steps, one_by_one=one_by_one)

@@ -52,7 +52,7 @@ def test_updates_in_merged_loops_are_optaxs():
     assert done.returncode == 0 and done.stdout == "held\n", done.stderr
 
 
-def test_a_running_jax_and_ones_own_options_are_left_alone(monkeypatch):
+def test_a_running_jax_is_left_alone():
     before = os.environ["XLA_FLAGS"]
     loops_are_merged()  # JAX is running from here on
     merge_loops()
