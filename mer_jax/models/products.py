@@ -1,7 +1,7 @@
 """Matrix products of few rows with large kernels, in the order of operands in which XLA on a CPU is fastest.
 
-A compiler that is free to choose turns a product with a turned kernel back into one that packs the whole kernel anew
-for a handful of rows. Values and gradients are those of ``@``.
+A compiler that is free to choose packs the whole kernel anew for a handful of rows. Rows that lie turned in memory
+spare it that, and the gradient of the kernel takes them so as well. Values and gradients are those of ``@``.
 """
 
 import jax
@@ -10,7 +10,7 @@ import jax
 @jax.custom_vjp
 def project(rows: jax.Array, kernel: jax.Array) -> jax.Array:
     """``rows @ kernel``: ``(N, D)`` by ``(D, K)`` to ``(N, K)``; no forward-mode derivative."""
-    return rows @ kernel
+    return _project_turned(_turn(rows), kernel)
 
 
 @jax.custom_vjp
@@ -19,25 +19,36 @@ def project_back(rows: jax.Array, kernel: jax.Array) -> jax.Array:
     return jax.lax.optimization_barrier(kernel @ rows.T).T  # (D, K) (K, N) -> (D, N) -> (N, D)
 
 
-def _keep(product):
-    def forward(rows, kernel):
-        return product(rows, kernel), (rows, kernel)
+def _turn(rows):
+    return jax.lax.optimization_barrier(rows.T)
 
-    return forward
+
+def _project_turned(turned, kernel):
+    return jax.lax.dot_general(turned, kernel, (((0,), (0,)), ((), ())))  # (D, N) (D, K) -> (N, K)
+
+
+def _project_forward(rows, kernel):
+    turned = _turn(rows)  # (N, D) -> (D, N)
+    return _project_turned(turned, kernel), (turned, kernel)
 
 
 def _project_backward(kept, cotangent):
-    rows, kernel = kept
-    return project_back(cotangent, kernel), rows.T @ cotangent  # (N, D), (D, N) (N, K) -> (D, K)
+    turned, kernel = kept
+    return project_back(cotangent, kernel), turned @ cotangent  # (N, D), (D, N) (N, K) -> (D, K)
+
+
+def _project_back_forward(rows, kernel):
+    return project_back(rows, kernel), (rows, kernel)
 
 
 def _project_back_backward(kept, cotangent):
     rows, kernel = kept
-    return project(cotangent, kernel), cotangent.T @ rows  # (N, K), (D, N) (N, K) -> (D, K)
+    turned = _turn(cotangent)  # (N, D) -> (D, N)
+    return _project_turned(turned, kernel), turned @ rows  # (N, K), (D, N) (N, K) -> (D, K)
 
 
-project.defvjp(_keep(project), _project_backward)
-project_back.defvjp(_keep(project_back), _project_back_backward)
+project.defvjp(_project_forward, _project_backward)
+project_back.defvjp(_project_back_forward, _project_back_backward)
 
 
 def project_general(rows, kernel, dimension_numbers, precision=None, preferred_element_type=None):
