@@ -6,10 +6,13 @@ import signal
 from pathlib import Path
 
 # Before JAX is first imported: the tests of several devices need them, and none may touch an accelerator. The tests
-# compile many small programs and run each for a moment, so LLVM is told to hurry.
+# compile many small programs and run each for a moment, so XLA is told to hurry: its newer way to write loops alone
+# takes as long as the rest of the compilation.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ["XLA_FLAGS"] = (
-    os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=4 --xla_backend_optimization_level=0"
+    os.environ.get("XLA_FLAGS", "")
+    + " --xla_force_host_platform_device_count=4 --xla_backend_optimization_level=0"
+    + " --xla_cpu_use_fusion_emitters=false"
 )
 os.environ.setdefault("GLOG_minloglevel", "2")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -24,6 +27,23 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 jax.config.update("jax_numpy_rank_promotion", "raise")
 # Some third-party modules read absl flags at import; pytest is no absl app and never parses them.
 flags.FLAGS.mark_as_parsed()
+
+
+# Folders whose files take long, the longest first.
+LONG = ("cli", "data_builders", "study", "models", "extractors")
+
+
+def pytest_configure(config):
+    # pytest-xdist would start with the files of most tests and end with a single worker at a long one of few.
+    if hasattr(config.option, "loadscopereorder"):
+        config.option.loadscopereorder = False
+
+
+def pytest_collection_modifyitems(items):
+    """Long files start first, so that no worker has much to do when the others are done."""
+    tests = Path(__file__).parent
+    folders = {folder: place for place, folder in enumerate(LONG)}
+    items.sort(key=lambda item: folders.get(item.path.relative_to(tests).parts[0], len(LONG)))
 
 
 @pytest.fixture

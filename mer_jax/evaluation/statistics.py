@@ -18,7 +18,7 @@ from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import numpy as np
-from scipy import stats
+from scipy import special  # scipy.stats has the same functions, and takes a second to import
 
 from mer_jax.evaluation.metrics import Counts, confusion_counts, macro_f1
 
@@ -92,13 +92,13 @@ def bca_interval(
     below = np.mean(replicates < estimate) + 0.5 * np.mean(replicates == estimate)
     # One half replicate away from the ends keeps the correction finite.
     below = np.clip(below, 0.5 / len(replicates), 1 - 0.5 / len(replicates))
-    bias = stats.norm.ppf(below)
+    bias = special.ndtri(below)
     deviation = np.mean(jackknife) - jackknife
     spread = np.sum(deviation**2) ** 1.5
     acceleration = np.sum(deviation**3) / (6 * spread) if spread > 0 else 0.0
     tail = (1 - confidence) / 2
-    z = bias + stats.norm.ppf([tail, 1 - tail])
-    levels = stats.norm.cdf(bias + z / (1 - acceleration * z))
+    z = bias + special.ndtri([tail, 1 - tail])
+    levels = special.ndtr(bias + z / (1 - acceleration * z))
     low, high = np.quantile(replicates, levels)
     return float(low), float(high)
 
@@ -135,7 +135,7 @@ def t_interval(values: np.ndarray, confidence: float = 0.95) -> tuple[float, flo
     values = np.asarray(values, np.float64)
     if len(values) < 2:
         return None
-    quantile = stats.t.ppf((1 + confidence) / 2, len(values) - 1)
+    quantile = special.stdtrit(len(values) - 1, (1 + confidence) / 2)
     half = quantile * values.std(ddof=1) / np.sqrt(len(values))
     return float(values.mean() - half), float(values.mean() + half)
 
@@ -391,7 +391,7 @@ def seeds_needed(sd: float, half_width: float, confidence: float = 0.95, limit: 
         return None
 
     def reaches(n):
-        return stats.t.ppf((1 + confidence) / 2, n - 1) * sd / np.sqrt(n) <= half_width
+        return special.stdtrit(n - 1, (1 + confidence) / 2) * sd / np.sqrt(n) <= half_width
 
     low, high = 2, limit
     if not reaches(high):

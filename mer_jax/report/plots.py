@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from html import escape
 
 import numpy as np
-from scipy import stats
+from scipy import special
 
 WIDTH = 960
 """Width of a full-width figure in SVG units; the page scales it to its column."""
@@ -785,7 +785,7 @@ def width_curve(
     largest = max(now, *(seeds for seeds, _ in targets)) * 4
     smallest = max(2, min(now, *(seeds for seeds, _ in targets)) / 1.6)
     count = np.geomspace(smallest, largest, 80)
-    width = stats.t.ppf((1 + confidence) / 2, count - 1) * sd / np.sqrt(count)
+    width = special.stdtrit(count - 1, (1 + confidence) / 2) * sd / np.sqrt(count)
     drawing = _Drawing(
         HALF_WIDTH,
         306,

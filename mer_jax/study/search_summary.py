@@ -4,7 +4,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-from scipy import stats
 
 from mer_jax.evaluation import metrics, statistics
 from mer_jax.study.held_out import SELECTIONS, HeldOut, StudyMembers, decide
@@ -161,4 +160,6 @@ def _rank_correlation(study: StudyMembers, pooled: Sequence[float | None], sign:
             heldout.append(float(score))
     if len(inner) < 3 or np.ptp(inner) == 0 or np.ptp(heldout) == 0:
         return None
+    from scipy import stats  # takes long to import, and few studies search
+
     return float(stats.spearmanr(inner, heldout).statistic)

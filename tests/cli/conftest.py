@@ -1,7 +1,9 @@
 """A tiny two-view data set whose features come from files, and the doors as a user opens them."""
 
+import contextlib
 import csv
 import dataclasses
+import fcntl
 import os
 import runpy
 import shutil
@@ -101,9 +103,27 @@ def make_challenge(root: Path, num_train: int = NUM_TRAIN, num_test: int = NUM_T
 
 
 @pytest.fixture(scope="session")
-def challenge(tmp_path_factory) -> Challenge:
+def once(tmp_path_factory):
+    """Runs what makes a folder that all processes of this test run share, in the first that asks for it."""
+    base = tmp_path_factory.getbasetemp()
+    base = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
+
+    def make_once(name: str, make) -> Path:
+        folder, made = base / name, base / f"{name}.made"
+        with open(base / f"{name}.lock", "w") as lock, contextlib.closing(lock):
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if not made.exists():
+                make(folder)
+                made.touch()
+        return folder
+
+    return make_once
+
+
+@pytest.fixture(scope="session")
+def challenge(once) -> Challenge:
     """24 training and 4 test clips; read-only, as all tests share them."""
-    return make_challenge(tmp_path_factory.mktemp("challenge"))
+    return Challenge(once("challenge", make_challenge))
 
 
 class Door:
@@ -115,7 +135,7 @@ class Door:
         kept = {name: value for name, value in os.environ.items() if name not in ("JAX_PLATFORMS", "XLA_FLAGS")}
         # Unoptimised programs compile three times as fast, and what is asked of them here is the same.
         flags = f"--xla_force_host_platform_device_count={devices}"
-        flags += "" if optimised else " --xla_backend_optimization_level=0"
+        flags += "" if optimised else " --xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false"
         self.process = subprocess.Popen(
             [sys.executable, str(ROOT / "scripts" / script), *map(str, arguments)],
             cwd=cwd,
@@ -222,13 +242,16 @@ def train_arguments(overrides: dict, workdir: str | None) -> list[str]:
 
 
 @pytest.fixture(scope="session")
-def finished(challenge) -> Path:
+def finished(challenge, once) -> Path:
     """The workdir of a study that nothing disturbed, on one device; read-only. It also builds the data set."""
-    done = Door("train.py", *train_arguments(challenge.overrides, "finished"), cwd=challenge.root).end()
-    done.close()
-    assert done.status == 0, done.stderr
-    (challenge.root / "finished.txt").write_text(done.stdout)
-    return challenge.root / "finished"
+
+    def make(workdir: Path) -> None:
+        done = Door("train.py", *train_arguments(challenge.overrides, workdir.name), cwd=workdir.parent).end()
+        done.close()
+        assert done.status == 0, done.stderr
+        workdir.with_suffix(".txt").write_text(done.stdout)
+
+    return once("challenge/finished", make)
 
 
 @pytest.fixture

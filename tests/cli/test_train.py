@@ -103,10 +103,20 @@ def test_a_finished_study_ends_at_once_and_rewrites_its_report(challenge, finish
     assert_bitwise_equal(again, finished)
 
 
-def test_no_kill_and_no_signal_changes_any_result(challenge, finished, train, tmp_path):
-    """Three kills at random moments, SIGTERM and Ctrl-C, then an undisturbed end, in one folder."""
+@pytest.mark.parametrize(
+    "signals",
+    [
+        (signal.SIGTERM, signal.SIGKILL, signal.SIGINT),
+        pytest.param(
+            (signal.SIGKILL, signal.SIGTERM, signal.SIGKILL, signal.SIGINT, signal.SIGKILL), marks=pytest.mark.slow
+        ),
+    ],
+    ids=["once each", "five in turn"],
+)
+def test_no_kill_and_no_signal_changes_any_result(challenge, finished, train, tmp_path, signals):
+    """Kills at random moments, SIGTERM and Ctrl-C, then an undisturbed end, in one folder."""
     run, moments = tmp_path / "run", random.Random()
-    for signum in (signal.SIGKILL, signal.SIGTERM, signal.SIGKILL, signal.SIGINT, signal.SIGKILL):
+    for signum in signals:
         before = epochs_seen(run)
         disturbed = train(challenge.overrides | EVERY_EPOCH, "run")
         # Lines of members: 4 an epoch of the first block, 2 an epoch of the second, which trains beside it where there
@@ -126,7 +136,9 @@ def test_no_kill_and_no_signal_changes_any_result(challenge, finished, train, tm
             epochs = [line["epoch"] for line in metrics(run) if line["member"].startswith(folds)]
             assert max(epochs, default=0) == max(checkpoint_epochs(run, number), default=0)
     told = [(line["member"], line["epoch"]) for line in metrics(run)]
-    assert len(told) - len(set(told)) <= 3 * 3 * 4  # no start began anew: only what a kill cut off was done again
+    assert (
+        len(told) - len(set(told)) <= signals.count(signal.SIGKILL) * 3 * 4
+    )  # no start began anew: only what a kill cut off was done again
     done = train(challenge.overrides, "run").end()
     assert done.status == 0, done.stderr
     assert_bitwise_equal(run, finished)

@@ -23,8 +23,9 @@ FIVE = {
 
 
 @pytest.fixture
-def trained(challenge, tmp_path, monkeypatch, capsys):
+def trained(challenge, finished, tmp_path, monkeypatch, capsys):
     """Trains five members in this process, in ``workdir``; some calls of the block fail."""
+    del finished  # has built the data set
     names = ("jax_default_matmul_precision", "jax_compilation_cache_dir", "jax_default_device")
     kept = {name: getattr(jax.config, name) for name in names}
     plan_memory, make_programs = train_module.plan_memory, train_module._programs

@@ -64,15 +64,23 @@ def member(fold, seed, watched=40, **hyper):
     return engine.member_inputs(key, fold, values, ~heldout & ~inner, inner, heldout, watched)
 
 
-@functools.cache  # compiled once for all tests that train by the same recipe
-def programs(recipe=RECIPE, num_steps=3, one_by_one=False):
+@functools.cache
+def compiled_once(recipe, num_steps, one_by_one):
     return engine.make_programs(learner(), recipe, num_steps, one_by_one=one_by_one)
+
+
+def programs(recipe=RECIPE, num_steps=3, one_by_one=False):
+    """The same for all tests that train by the same recipe, whatever of it they say."""
+    return compiled_once(recipe, num_steps, one_by_one)
+
+
+def on_device(tree, device=None):
+    return jax.device_put(tree, device or jax.devices()[0])
 
 
 def run(members, recipe=RECIPE, num_steps=3, calls=((1, 2, 3), (4, 5, 6)), device=None, one_by_one=False):
     """Trains members as one block; returns final state, watches joined over epochs, and predictions."""
-    device = device or jax.devices()[0]
-    data, block = jax.device_put((arrays(), engine.stack_members(members)), device)
+    data, block = on_device((arrays(), engine.stack_members(members)), device)
     compiled = programs(recipe, num_steps, one_by_one)
     state, watches = compiled.init(data, block), []
     for epochs in calls:
@@ -111,18 +119,19 @@ def test_members_in_turn_equal_members_together():
 @pytest.mark.parametrize("one_by_one", [False, True])
 def test_a_stopped_member_takes_no_step_and_a_finished_block_ends(one_by_one):
     """Also a copy that fills a block up, which is stopped from the first."""
-    block = engine.stack_members([member(*spec) for spec in TEN[:3]])
+    # Laid on the device as run() lays them, or they would be other programs to the compiler.
+    data, block = on_device((arrays(), engine.stack_members([member(*spec) for spec in TEN[:3]])))
     compiled = programs(one_by_one=one_by_one)
-    state = compiled.init(arrays(), block)
+    state = compiled.init(data, block)
     for stopped in ([False, True, False], [True, True, True]):
         before = jax.device_get(state.replace(stopped=jnp.array(stopped)))
-        state, watch = compiled.epochs(arrays(), block, jax.device_put(before), jnp.arange(1, 4))
+        state, watch = compiled.epochs(data, block, on_device(before), jnp.arange(1, 4))
         assert ((np.asarray(state.step) > before.step) == ~np.array(stopped)).all()
         for curve in watch:
             assert (np.isfinite(np.asarray(curve)).reshape(3, -1).all(axis=1) == ~np.array(stopped)).all()
         for new, old in zip(jax.tree.leaves(state), jax.tree.leaves(before), strict=True):
             np.testing.assert_array_equal(np.asarray(new)[stopped], old[stopped])
-    _, watch = compiled.epochs(arrays(), block, compiled.init(arrays(), block), jnp.arange(5, 8))
+    _, watch = compiled.epochs(data, block, compiled.init(data, block), jnp.arange(5, 8))
     assert np.isfinite(watch.inner_loss[:, :2]).all() and np.isnan(watch.inner_loss[:, 2:]).all()
 
 
@@ -194,7 +203,8 @@ def test_held_out_labels_and_features_reach_no_parameter():
     data.labels[heldout] = 1 - data.labels[heldout]
     for feature in data.inputs["features"].values():
         feature[:, heldout] = 50 * rng.normal(size=feature[:, heldout].shape)
-    compiled, block = programs(), engine.stack_members([first])
+    compiled = programs()
+    data, block = on_device((data, engine.stack_members([first])))
     changed = compiled.init(data, block)
     for epochs in ((1, 2, 3), (4, 5, 6)):
         changed, _ = compiled.epochs(data, block, changed, jnp.array(epochs, jnp.int32))
