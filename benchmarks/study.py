@@ -7,19 +7,21 @@ r"""How near a study comes to what the machine can do, and what the same trainin
     python benchmarks/study.py --tables rows.jsonl --plot docs/performance.png
 
 Ways: ``study`` (this software), ``single`` (its engine with one member a call, one after another), ``pytorch`` (an
-idiomatic loop over members) and ``vmap`` (``torch.func`` over stacked members). They take turns in one process, so that
-whatever else the machine does meets all of them; a ratio is that of neighbours in time. Members of a loop never meet,
-so a loop's turn trains at most ``--loop_members`` of them, and a stack at most ``--stack``; times are per member and
-update. ``--json`` appends what was measured, so that a table can be made in pieces; ``--tables`` joins the pieces.
+idiomatic loop over members) and ``vmap`` (``torch.func`` over stacked members). They and all numbers of members take
+turns in one process, so that whatever else the machine does meets all of them; a ratio is that of neighbours in time.
+Members of a loop never meet, so a loop's turn trains at most ``--loop_members`` of them, and a stack at most
+``--stack``; times are per member and update. ``--json`` appends what was measured, so that a table can be made in
+pieces; ``--tables`` joins the pieces.
 """
 
 import argparse
+import itertools
 import json
 import platform
 import re
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -27,7 +29,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import jax
 import numpy as np
 
-from benchmarks.jobs import MODELS, make_job, own_peak_gib, peak_gib_of, single_way, study_way, take_turns
+from benchmarks.jobs import MODELS, Job, make_job, own_peak_gib, peak_gib_of, single_way, study_way, take_turns
 from mer_jax.cli import open_door
 from mer_jax.models.registry import CONVOLUTIONAL
 from mer_jax.parallel import available_processors
@@ -50,59 +52,62 @@ TITLES = {
 }
 
 
-def _ways(given: argparse.Namespace, name: str, members: int) -> dict:
-    """Way to ``(job, turn)``."""
-    made = {}
-    for way in given.ways:
-        # A process that only measures this software's memory never loads PyTorch.
-        if way in ("pytorch", "vmap"):
-            from benchmarks import peers
-        most = {"study": members, "vmap": given.stack}.get(way, given.loop_members)
-        job = make_job(name, members, given.epochs).first(min(members, most))
-        make = {
-            "study": study_way,
-            "single": single_way,
-            "pytorch": lambda job: peers.pytorch_way(job),
-            "vmap": lambda job: peers.vmap_way(job),
-        }[way]
-        made[way] = (job, make(job))
-    return made
+def _job_of(given: argparse.Namespace, name: str, members: int, way: str) -> Job:
+    """What a turn of a way trains of a study of so many members."""
+    most = {"study": members, "vmap": given.stack}.get(way, given.loop_members)
+    return make_job(name, members, given.epochs).first(min(members, most))
 
 
-def measure(given: argparse.Namespace, name: str, members: int) -> dict:
-    """One model with one number of members: a row of ``--json``."""
-    ways = _ways(given, name, members)
-    first, times = take_turns({way: turn for way, (_, turn) in ways.items()}, given.repeats)
-    row = {"kind": "times", "model": name, "members": members, "ways": {}}
-    for way, (job, _) in ways.items():
-        milliseconds = [each / job.member_steps * 1e3 for each in times[way]]
-        row["ways"][way] = {
-            "members": len(job.plan.members),
+def _turn_of(way: str, job: Job) -> Callable[[], None]:
+    if way in ("study", "single"):
+        return {"study": study_way, "single": single_way}[way](job)
+    from benchmarks import peers  # a process that only measures this software's memory never loads PyTorch
+
+    return {"pytorch": peers.pytorch_way, "vmap": peers.vmap_way}[way](job)
+
+
+def measure(given: argparse.Namespace, name: str) -> Iterator[dict]:
+    """One model with all numbers of members, in turns with one another: a row of ``--json`` for each number."""
+    jobs = {(members, way): _job_of(given, name, members, way) for members in given.members for way in given.ways}
+    # A loop trains the same few members, however many others the study has.
+    keys = {place: (place[1], len(job.plan.members)) for place, job in jobs.items()}
+    different = {keys[place]: job for place, job in jobs.items()}
+    first, times = take_turns({key: _turn_of(key[0], job) for key, job in different.items()}, given.repeats)
+    told = {}
+    for (way, members), job in different.items():
+        milliseconds = [each / job.member_steps * 1e3 for each in times[way, members]]
+        told[way, members] = {
+            "members": members,
             "ms": milliseconds,
-            "first_s": first[way],
-            "turn_s": float(np.median(times[way])) if times[way] else None,
+            "first_s": first[way, members],
+            "turn_s": float(np.median(times[way, members])),
         }
         print(
-            f"{name}, {members} members, {way}: {np.median(milliseconds):.2f} ms a member-step "
-            f"({min(milliseconds):.2f} to {max(milliseconds):.2f}; {len(job.plan.members)} members a turn, "
-            f"first turn {first[way]:.1f} s)",
+            f"{name}, {members} members a turn, {way}: {_spread(np.array(milliseconds), 2)} ms a member-step, "
+            f"first turn {first[way, members]:.1f} s",
             flush=True,
         )
-    return row
+    for few, many in itertools.pairwise(sorted(members for way, members in told if way == "study")):
+        growth = np.array(told["study", many]["ms"]) / np.array(told["study", few]["ms"])
+        print(f"{name}, study: {many} members take {_spread(growth, 2)} times as long a member-step as {few}")
+    for members in given.members:
+        ways = {way: told[keys[members, way]] for way in given.ways}
+        yield {"kind": "times", "model": name, "members": members, "ways": ways}
 
 
-def measure_peaks(given: argparse.Namespace, name: str, members: int) -> dict:
+def measure_peaks(given: argparse.Namespace, name: str) -> Iterator[dict]:
     """Peak memory of each way in a process of its own, in GiB."""
-    row = {"kind": "peaks", "model": name, "members": members, "gib": {}}
-    for way in given.ways:
-        shared = ["--members", str(members), "--epochs", str(given.epochs), "--stack", str(given.stack)]
-        shared += ["--loop_members", str(given.loop_members), "--cache", given.cache]
-        row["gib"][way] = peak_gib_of(__file__, ["--models", name, "--ways", way, "--only", *shared])
-        print(f"{name}, {members} members, {way}: {row['gib'][way]:.2f} GiB at the peak", flush=True)
-    return row
+    for members in given.members:
+        row = {"kind": "peaks", "model": name, "members": members, "gib": {}}
+        for way in given.ways:
+            shared = ["--members", str(members), "--epochs", str(given.epochs), "--stack", str(given.stack)]
+            shared += ["--loop_members", str(given.loop_members), "--cache", given.cache]
+            row["gib"][way] = peak_gib_of(__file__, ["--models", name, "--ways", way, "--only", *shared])
+            print(f"{name}, {members} members, {way}: {row['gib'][way]:.2f} GiB at the peak", flush=True)
+        yield row
 
 
-def measure_phases(given: argparse.Namespace, name: str) -> dict:
+def measure_phases(given: argparse.Namespace, name: str) -> Iterator[dict]:
     """What each phase needs, what this machine could do it in, and what the study took."""
     from benchmarks import roofline
 
@@ -127,7 +132,7 @@ def measure_phases(given: argparse.Namespace, name: str) -> dict:
         },
     }
     print(phase_table(row), flush=True)
-    return row
+    yield row
 
 
 def phase_table(row: Mapping) -> str:
@@ -297,15 +302,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
         jax.config.update("jax_compilation_cache_dir", given.cache)
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     if given.only:
-        (_, turn) = _ways(given, given.models[0], given.members[0])[given.ways[0]]
-        turn()
+        _turn_of(given.ways[0], _job_of(given, given.models[0], given.members[0], given.ways[0]))()
         print(json.dumps({"peak_gib": own_peak_gib()}))
         return
     print(_machine_line())
-    name = given.models[0]
-    measure_one = measure_peaks if given.peaks else measure
-    rows = (measure_one(given, name, count) for count in given.members)
-    for row in [measure_phases(given, name)] if given.phases else rows:
+    measurement = measure_phases if given.phases else measure_peaks if given.peaks else measure
+    for row in measurement(given, given.models[0]):
         if given.json:
             with given.json.open("a") as stream:
                 stream.write(json.dumps(row) + "\n")
