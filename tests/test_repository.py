@@ -199,12 +199,14 @@ def test_licence_and_changelog():
 
 def test_nothing_names_a_machine():
     """No absolute path of one machine and no package index in anything that is handed out."""
-    machine = re.compile(
-        r"(?<![\w./}\])])/(?:home|root|Users|tmp|work|opt|mnt|srv|scratch)/\w|(?:extra-index-url|index-url|find-links)"
-    )
+    # Patterns that begin with a letter of their own are searched for ten times as fast as one for all.
+    paths = re.compile(r"/(?<![\w./}\])]/)(?:home|root|Users|tmp|work|opt|mnt|srv|scratch)/\w")
+    indices = [re.compile(name) for name in ("index-url", "find-links")]
     files = [path for path in ROOT.iterdir() if path.suffix in (".md", ".txt", ".toml")]
     files += [path for folder in (*OURS, "tests", ".ci") for path in (ROOT / folder).rglob("*") if path.is_file()]
     for path in files:
         if path.suffix != ".pyc" and path != Path(__file__).resolve():
-            found = machine.search(path.read_text(encoding="utf-8", errors="ignore"))
-            assert not found, f"{path.relative_to(ROOT)}: {found.group()}"
+            text = path.read_text(encoding="utf-8", errors="ignore")
+            for pattern in (paths, *indices):
+                found = pattern.search(text)
+                assert not found, f"{path.relative_to(ROOT)}: {found.group()}"
