@@ -94,10 +94,11 @@ class Cluster:
         try:
             while given < len(tasks) or at_work:
                 names = ", ".join(str(getattr(tasks[index], "name", index)) for index in at_work.values())
-                self._look(
+                remedy = (
                     f"at work was {unit} {names}; every other one that was finished is kept: start workers and run the "
                     "same command again"
                 )
+                self._look(remedy)
                 # No more than are done at once: what waited behind a task that kills its worker would be blamed, too.
                 while given < len(tasks) and len(at_work) < self.num_workers:
                     call = _call(_run_task, self._expected, function, tasks[given])
@@ -110,7 +111,7 @@ class Cluster:
                 except queue.Empty:
                     watch()
                     continue
-                index, result = at_work.pop(future), self._result(future)
+                index, result = at_work.pop(future), self._result(future, remedy)
                 killers += isinstance(result, WorkerDied)
                 if killers > _MOST_KILLERS:
                     raise WorkerDied(
@@ -218,11 +219,18 @@ class Cluster:
             hosts[address] = host
         return hosts
 
-    def _result(self, future: Any) -> Any:
+    def _result(self, future: Any, remedy: str) -> Any:
         from distributed import CancelledError, KilledWorker
 
         try:
-            result, problem = future.result()
+            while True:
+                try:
+                    result, problem = future.result(timeout=_TICK_SECONDS)
+                    break
+                except TimeoutError:
+                    if future.status == "error":
+                        raise  # the task's own
+                    self._look(remedy)  # the worker went before it gave the result away, and another does it again
         except KilledWorker as error:
             return WorkerDied(
                 f"{error.allowed_failures + 1} workers died of it, the last at {error.last_worker.address} (often: out "

@@ -234,6 +234,33 @@ def test_all_workers_gone_and_the_scheduler_gone(new_cluster, impatient, tmp_pat
     assert told.out == told.err == ""
 
 
+def test_a_result_that_went_with_its_worker_is_not_waited_for_without_end(new_cluster, impatient, tmp_path):
+    cluster = new_cluster(((), {}))
+
+    class Lost:
+        status = "pending"
+
+        def result(self, timeout):
+            time.sleep(timeout)
+            raise TimeoutError
+
+        def release(self):
+            self.released = True
+
+    with connect(cluster.address, tmp_path) as connected:
+        cluster.processes[1].kill()
+        cluster.processes[1].wait()
+        lost = Lost()
+        with pytest.raises(UserError, match=rf"^{cluster.address}: no worker for 1 s; start one"):
+            connected._result(lost, "start one")
+        assert lost.released
+
+
+def test_a_task_s_own_timeout_is_a_defect_as_any_other(cluster):
+    with pytest.raises(TimeoutError, match="the task's own"):
+        work(cluster, exec, ['raise TimeoutError("the task\'s own")'])
+
+
 @pytest.mark.parametrize("sent", [signal.SIGTERM, signal.SIGKILL])
 def test_who_asks_may_be_stopped_at_any_time(two_workers, tmp_path, sent):
     program = tmp_path / "program.py"
