@@ -28,10 +28,12 @@ def main(argv: list[str]) -> None:
         if len(argv) > 1:
             raise UserError(f"unknown argument {argv[1]!r}; --help lists the flags")
         from mer_jax.study.hosts import open_group
+        from mer_jax.study.loops import choose_loops
         from mer_jax.study.train import train
         from mer_jax.study.workdir import default_workdir
 
         overrides = config_flags.get_override_values(flags.FLAGS["config"])
+        choose_loops(_CONFIG.value)
         workdir = _WORKDIR.value or default_workdir(_CONFIG.value, overrides)
         with open_group(_DISTRIBUTED.value, _COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value) as group:
             return train(_CONFIG.value, workdir, overrides, group)

@@ -9,7 +9,8 @@ from pathlib import Path
 # compile many small programs and run each for a moment, so LLVM is told to hurry.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ["XLA_FLAGS"] = (
-    os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=4 --xla_backend_optimization_level=0"
+    os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=4"
+    " --xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false"
 )
 os.environ.setdefault("GLOG_minloglevel", "2")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -26,9 +27,8 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 flags.FLAGS.mark_as_parsed()
 
 
-# Folders whose files take long, the longest first; and before them that of optical flow, which must not come after
-# test_train_memory in one process: its programs then take minutes, and all memory, for a reason not known yet.
-LONG = ("clips", "cli", "data_builders", "study", "models", "extractors")
+# Folders whose files take long, the longest first.
+LONG = ("cli", "data_builders", "study", "models", "extractors")
 
 
 def pytest_configure(config):

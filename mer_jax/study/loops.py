@@ -1,8 +1,9 @@
 """Several arrays from one loop: an option of XLA's that a CPU leaves off, and that an update of Adam gains from.
 
 Without it the new parameters and both new moments of a kernel take a loop each, and each loop reads anew from memory
-what the others read. It is an option of the whole process, and loops over the maps of convolutions take up to twice as
-long with it, so that it is asked for where a model without them is trained.
+what the others read. It is an option of the whole process: loops over the maps of convolutions take up to twice as long
+with it, and iterations of optical flow have no end. So a library's function must not ask for it. ``scripts/train.py``
+does, whose process trains one model and does nothing else; a program of one's own may before it uses JAX.
 """
 
 import functools
@@ -10,8 +11,18 @@ import os
 import re
 
 import jax
+from ml_collections import ConfigDict
 
-_OPTIONS = "xla_backend_extra_options"
+from mer_jax.models.registry import CONVOLUTIONAL
+
+OPTIONS = "xla_backend_extra_options"
+MERGED = "xla_cpu_use_multi_output_fusion"
+
+
+def choose_loops(config: ConfigDict) -> None:
+    """Asks XLA for merged loops where the model of a config gains from them, in a process for this training alone."""
+    if config.model.name not in CONVOLUTIONAL:
+        merge_loops()
 
 
 def merge_loops() -> None:
@@ -20,8 +31,8 @@ def merge_loops() -> None:
     A version of XLA that does not know the option passes it over.
     """
     flags = os.environ.get("XLA_FLAGS", "")
-    if _OPTIONS not in flags and not _jax_is_running():
-        os.environ["XLA_FLAGS"] = f"{flags} --{_OPTIONS}=xla_cpu_use_multi_output_fusion".strip()
+    if OPTIONS not in flags and not _jax_is_running():
+        os.environ["XLA_FLAGS"] = f"{flags} --{OPTIONS}={MERGED}".strip()
 
 
 def _jax_is_running() -> bool:

@@ -24,7 +24,7 @@ from ml_collections import ConfigDict
 from mer_jax.clips.flow import CHANNELS
 from mer_jax.errors import EXIT_USER_ERROR, UserError
 from mer_jax.files import TEMPORARY_SUFFIX, atomic_savez, atomic_write_bytes, atomic_write_text, exclusive
-from mer_jax.models.registry import CONVOLUTIONAL, Learner, build_learner
+from mer_jax.models.registry import Learner, build_learner
 from mer_jax.progress import Silent, progress
 from mer_jax.study import engine, shown
 from mer_jax.study.checkpoints import BlockCheckpoints, save_tree
@@ -44,7 +44,7 @@ from mer_jax.study.devices import worker_devices
 from mer_jax.study.folds import inner_split, make_folds
 from mer_jax.study.held_out import resolve_evaluation
 from mer_jax.study.hosts import Group, LostProcess
-from mer_jax.study.loops import merge_loops
+from mer_jax.study.loops import MERGED, OPTIONS, loops_are_merged
 from mer_jax.study.members import HYPER_NAMES, Member, make_members, member_key
 from mer_jax.study.memory import MemoryPlan, free_bytes, is_out_of_memory, plan_memory
 from mer_jax.study.results import FILENAME, StudyResults
@@ -143,7 +143,7 @@ def train_study(
         for stale in workdir.glob(f".*{TEMPORARY_SUFFIX}"):  # left by a kill
             stale.unlink()
         if not (workdir / FILENAME).is_file():
-            devices = _devices(config)
+            devices = worker_devices(config.platform)
             data = data or load_data(config)
             # Before any training: thresholds that do not suit the labels would be refused only after it.
             resolve_evaluation(config.evaluation.to_dict(), data.label_names, data.task == MULTI_CLASS)
@@ -164,15 +164,9 @@ def train_study(
     return status
 
 
-def _devices(config: ConfigDict) -> list[jax.Device]:
-    if config.model.name not in CONVOLUTIONAL:
-        merge_loops()
-    return worker_devices(config.platform)
-
-
 def _train_along(config: ConfigDict, workdir: Path, group: Group, data: StudyData | None) -> int:
     """:func:`train_study` in all processes but the first, which prepares the folder and writes the results."""
-    devices = _devices(config)
+    devices = worker_devices(config.platform)
     _tell_devices(group, devices)
     if not group.wait("ready", [0])[0]["finished"]:
         _await_files(workdir, [workdir / "config.json", workdir / _BLOCKS])
@@ -510,21 +504,36 @@ def block_size(num_members: int, num_devices: int, device_kind: str, wanted: int
     return min(_ACCELERATOR_BLOCK, -(-num_members // num_devices))
 
 
-def _settled_block_size(workdir: Path, chosen: int, platform: str) -> int:
+def _settled_block_size(workdir: Path, chosen: int | None, platform: str) -> int:
     """The block size that the run began with: a resumed run cuts its members into the same blocks.
 
+    Args:
+        workdir: Folder of the run.
+        chosen: What a new run settles; None in a process that follows another.
+        platform: Of the devices.
+
+    Returns:
+        The number of members of a block.
+
     Raises:
-        UserError: The run began on another kind of device, whose results differ in their last bits.
+        UserError: The run began on another kind of device, or with other loops: results differ in their last bits.
     """
     path = workdir / _BLOCKS
-    if not path.is_file():
-        atomic_write_text(path, json.dumps({"members_together": chosen, "platform": platform}) + "\n")
-        return chosen
+    merged = loops_are_merged()
+    if chosen is not None and not path.is_file():
+        settled = {"members_together": chosen, "platform": platform, "merged_loops": merged}
+        atomic_write_text(path, json.dumps(settled) + "\n")
     settled = json.loads(path.read_text())
     if settled["platform"] != platform:
         raise UserError(
             f"{workdir} holds a study that began on {settled['platform']} and would go on on {platform}; set "
             f"config.platform={settled['platform']!r}, or choose another --workdir"
+        )
+    if settled.get("merged_loops", merged) != merged:
+        began, goes_on, option = ("without", "with", "") if merged else ("with", "without", MERGED)
+        raise UserError(
+            f"{workdir} holds a study that began {began} XLA's merged loops and would go on {goes_on} them; add "
+            f"--{OPTIONS}={option} to XLA_FLAGS before JAX starts, or choose another --workdir"
         )
     return settled["members_together"]
 
@@ -573,7 +582,7 @@ def _train_members(
         _gather_metrics(workdir, plan, blocks)
         group.tell("ready", finished=False)
     else:
-        size = json.loads((workdir / _BLOCKS).read_text())["members_together"]
+        size = _settled_block_size(workdir, None, platform)
         blocks = _blocks(num_members, size)
     devices = devices[: len(blocks)]
     if memory is None or memory.together != size:

@@ -2,11 +2,14 @@
 
 import csv
 import json
+import os
 import random
 import resource
 import runpy
 import shutil
 import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +18,8 @@ import pytest
 import mer_jax.study.train as train_module
 from mer_jax.study.results import StudyResults
 
-FUSION = Path(__file__).resolve().parents[2] / "configs" / "fusion.py"
+ROOT = Path(__file__).resolve().parents[2]
+FUSION = ROOT / "configs" / "fusion.py"
 EVERY_EPOCH = {"study.checkpoint_seconds": 0}
 
 
@@ -135,10 +139,9 @@ def test_no_kill_and_no_signal_changes_any_result(challenge, finished, train, tm
         for number, folds in enumerate((("fold0", "fold1"), ("fold2",))):
             epochs = [line["epoch"] for line in metrics(run) if line["member"].startswith(folds)]
             assert max(epochs, default=0) == max(checkpoint_epochs(run, number), default=0)
+    # No start began anew: only what a kill cut off was done again.
     told = [(line["member"], line["epoch"]) for line in metrics(run)]
-    assert (
-        len(told) - len(set(told)) <= signals.count(signal.SIGKILL) * 3 * 4
-    )  # no start began anew: only what a kill cut off was done again
+    assert len(told) - len(set(told)) <= signals.count(signal.SIGKILL) * 3 * 4
     done = train(challenge.overrides, "run").end()
     assert done.status == 0, done.stderr
     assert_bitwise_equal(run, finished)
@@ -258,6 +261,39 @@ def test_another_config_is_refused_with_both_values(challenge, copy, told):
     assert "holds a study of another config" in line and "choose another --workdir" in line
     assert "train.epochs was 30, now 31" in line and "study.only_folds was [], now [0]" in line
     assert before == {path: path.read_bytes() for path in copy.rglob("*") if path.is_file()}
+
+
+@pytest.mark.parametrize("began_with", [False, True])
+def test_loops_of_another_kind_are_refused(challenge, copy, told, monkeypatch, began_with):
+    """Last bits depend on them, so that a run that would go on with others would be neither of the two."""
+    settled = json.loads((copy / "blocks.json").read_text())
+    (copy / "blocks.json").write_text(json.dumps(settled | {"merged_loops": began_with}))
+    (copy / "predictions.npz").unlink()
+    monkeypatch.setattr("mer_jax.study.train.loops_are_merged", lambda: not began_with)
+    line = told(challenge.overrides, "copy")
+    began, option = ("with", "xla_cpu_use_multi_output_fusion") if began_with else ("without", "")
+    assert f"began {began} XLA's merged loops" in line and f"add --xla_backend_extra_options={option} to XLA_FL" in line
+
+
+def test_a_library_changes_no_option_of_the_process_that_uses_it(challenge, finished, tmp_path):
+    """Merged loops keep programs of optical flow from ending."""
+    fields = challenge.overrides | {"train.epochs": 1, "study.only_folds": (0,), "study.num_seeds": 1}
+    program = f"""
+import json, os, runpy, sys
+from mer_jax.study.loops import loops_are_merged
+from mer_jax.study.train import train
+
+config = runpy.run_path({str(FUSION)!r})["get_config"]()
+config.update_from_flattened_dict({fields!r})
+assert train(config, sys.argv[1]) == 0
+assert "XLA_FLAGS" not in os.environ and not loops_are_merged()
+assert json.load(open(sys.argv[1] + "/blocks.json"))["merged_loops"] is False
+"""
+    kept = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
+    done = subprocess.run(
+        [sys.executable, "-c", program, tmp_path / "run"], cwd=ROOT, env=kept, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
 
 
 def test_a_folder_of_something_else_is_refused(challenge, told, tmp_path):
