@@ -23,6 +23,7 @@ import jax
 import jax.numpy as jnp
 
 _LEAST_TOGETHER = 8  # samples; they fill a vector register
+_STRIPS = 4  # of a map, at least, that are added up before they are summed
 
 
 def patches(x: jax.Array, size: int, padding: int) -> jax.Array:
@@ -131,18 +132,30 @@ class _Block(NamedTuple):
     epsilon: float
 
 
-def _response(block: _Block, x: jax.Array, kernel: jax.Array, bias: jax.Array) -> jax.Array:
-    """What is normalised: ``(C, H, W, B)`` to ``(F, H', W', B)``.
+def _response(block: _Block, z: jax.Array, bias: jax.Array) -> jax.Array:
+    """What is normalised, less the bias, of what a convolution gave: ``(F, H, W, B)`` to the same.
 
-    Without a ReLU between them normalisation takes a bias off again, so none is added; :func:`_bias_left` is in means.
+    Normalisation takes a bias off again, so that none is added: ``max(z + b, 0) - b = max(z, -b)``. It is monotone, so
+    that it may come after pooling.
     """
-    x = convolve(x, kernel, block.padding)
-    return jnp.maximum(x + _channels(bias), 0.0) if block.rectify else x
+    return jnp.maximum(z, _channels(-bias)) if block.rectify else z
 
 
-def _bias_left(block: _Block, bias: jax.Array) -> jax.Array:
-    """What :func:`_response` leaves out of its mean, ``(F,)``."""
-    return jnp.zeros_like(bias) if block.rectify else bias
+def _sum_over_positions(function, z: jax.Array) -> jax.Array:
+    """The sum of ``function(z)`` over positions, ``(F, H, W, B)`` to ``(F, B)``.
+
+    Strips of rows are added up first, in a loop that reads the map once and holds ``function``; the rest is a product.
+    A reduction on a CPU would have what ``function`` gives written to memory, and read it slowly.
+    """
+    even = (count for count in range(_STRIPS, 2 * _STRIPS + 1) if z.shape[1] % count == 0)
+    rows = max(1, z.shape[1] // next(even, _STRIPS))
+    strips = [function(z[:, start : start + rows]) for start in range(0, z.shape[1], rows)]
+    whole = [strip for strip in strips if strip.shape[1] == rows]
+    total = jnp.zeros((z.shape[0], z.shape[-1]), z.dtype)
+    for strip in [sum(whole), *strips[len(whole) :]]:
+        flat = strip.reshape(strip.shape[0], -1, strip.shape[-1])  # (F, h, W, B) -> (F, n, B)
+        total += (jnp.ones((flat.shape[0], 1, flat.shape[1]), z.dtype) @ flat)[:, 0]  # (F, 1, n) (F, n, B) -> (F, 1, B)
+    return total
 
 
 def _over_pieces(function, block: _Block, xs):
@@ -173,12 +186,14 @@ def _train_block(block, x, kernel, bias, scale, shift, sample_mask):
 def _train_block_forward(block, x, kernel, bias, scale, shift, sample_mask):
     def piece(taken):
         x, mask = taken
-        z = _response(block, x, kernel, bias)
+        z = convolve(x, kernel, block.padding)
         count = jnp.sum(mask) * (z.shape[1] * z.shape[2])
-        mean = jnp.sum(z, axis=(1, 2)) @ mask / jnp.maximum(count, 1.0)  # (F, b) (b,) -> (F,)
-        deviation = jnp.sum((z - _channels(mean)) ** 2, axis=(1, 2)) @ mask
+        total = _sum_over_positions(lambda rows: _response(block, rows, bias), z)
+        mean = total @ mask / jnp.maximum(count, 1.0)  # (F, b) (b,) -> (F,)
+        squares = _sum_over_positions(lambda rows: (_response(block, rows, bias) - _channels(mean)) ** 2, z)
         extreme, place = _signed_max_pool(z, scale, block.window, block.pool_padding)
-        return (count, mean, deviation), extreme, place, z if block.pieces == 1 else None
+        extreme = _response(block, extreme, bias)
+        return (count, mean, squares @ mask), extreme, place, z if block.pieces == 1 else None
 
     batch = x.shape[-1]
     moments, extreme, place, z = _over_pieces(piece, block, (_cut(block, x), _cut(block, sample_mask)))
@@ -190,7 +205,7 @@ def _train_block_forward(block, x, kernel, bias, scale, shift, sample_mask):
     inverse = jax.lax.rsqrt(variance + block.epsilon)
     normalised = (_join(extreme, batch) - _channels(mean)) * _channels(inverse)
     y = _channels(scale) * normalised + _channels(shift)
-    outputs = y, mean + _bias_left(block, bias), variance
+    outputs = y, mean + bias, variance
     return outputs, (x, kernel, bias, scale, mean, inverse, count, normalised, place, sample_mask, z)
 
 
@@ -201,22 +216,24 @@ def _train_block_backward(block, saved, gradients):
     shift_gradient = jnp.sum(gradient, axis=(1, 2, 3))
     # Of the usual gradient of batch normalisation the first term lives on the windows' winners alone.
     factor = _channels(scale * inverse)
-    constant = _channels(shift_gradient / count - mean * inverse * scale_gradient / count)
-    slope = _channels(inverse * scale_gradient / count)
+    constant = factor * _channels(shift_gradient / count - mean * inverse * scale_gradient / count)
+    slope = factor * _channels(inverse * scale_gradient / count)
+    gradient = factor * gradient
 
     def piece(taken):
         x, gradient, place, mask, z = taken
-        z = _response(block, x, kernel, bias) if z is None else z
+        z = _response(block, convolve(x, kernel, block.padding) if z is None else z, bias)
 
         def gradient_of_z():
             rows, columns = ((jnp.arange(side) + block.pool_padding) % block.window for side in z.shape[1:3])
             here = (rows[:, None] * block.window + columns[None])[None, :, :, None]  # (1, H, W, 1), place in its window
             won = _spread(place, block.window, block.pool_padding, z.shape) == here
             sparse = jnp.where(won, _spread(gradient, block.window, block.pool_padding, z.shape), 0.0)
-            return factor * (sparse - (constant + slope * z) * mask[None, None, None])
+            constants, slopes = (each * mask[None, None, None] for each in (constant, slope))  # (F, 1, 1, b)
+            return sparse - (constants + slopes * z)
 
         if block.rectify:
-            z_gradient = jnp.where(z > 0, gradient_of_z(), 0.0)
+            z_gradient = jnp.where(z > _channels(-bias), gradient_of_z(), 0.0)
             bias_gradient = jnp.sum(z_gradient, axis=(1, 2, 3))
         else:
             # Padding alone needs no work. And what a branch makes keeps its shape: an XLA that merges these loops into
@@ -336,11 +353,12 @@ def convolution_block(
     pieces = -(-x.shape[-1] // together)
     block = _Block(padding, window, pool_padding, rectify, pieces, epsilon)
     if not train:
-        mean = jnp.concatenate([each.mean.value for each in normalisers]) - _bias_left(block, bias)
+        mean = jnp.concatenate([each.mean.value for each in normalisers]) - bias
         variance = jnp.concatenate([each.var.value for each in normalisers])
 
         def extremes(x):
-            return _signed_max_pool(_response(block, x, kernel, bias), scale, window, pool_padding)[0]
+            pooled, _ = _signed_max_pool(convolve(x, kernel, padding), scale, window, pool_padding)
+            return _response(block, pooled, bias)
 
         extreme = _join(_over_pieces(extremes, block, _cut(block, x)), x.shape[-1])
         return _channels(scale * jax.lax.rsqrt(variance + epsilon)) * (extreme - _channels(mean)) + _channels(shift)
