@@ -21,6 +21,7 @@ from typing import NamedTuple
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 _LEAST_TOGETHER = 8  # samples; they fill a vector register
 _STRIPS = 4  # of a map, at least, that are added up before they are summed
@@ -225,8 +226,9 @@ def _train_block_backward(block, saved, gradients):
         z = _response(block, convolve(x, kernel, block.padding) if z is None else z, bias)
 
         def gradient_of_z():
-            rows, columns = ((jnp.arange(side) + block.pool_padding) % block.window for side in z.shape[1:3])
-            here = (rows[:, None] * block.window + columns[None])[None, :, :, None]  # (1, H, W, 1), place in its window
+            # Made here, as XLA would make them anew for every number: (1, H, W, 1), the place in its window.
+            rows, columns = ((np.arange(side) + block.pool_padding) % block.window for side in z.shape[1:3])
+            here = (rows[:, None] * block.window + columns[None]).astype(place.dtype)[None, :, :, None]
             won = _spread(place, block.window, block.pool_padding, z.shape) == here
             sparse = jnp.where(won, _spread(gradient, block.window, block.pool_padding, z.shape), 0.0)
             constants, slopes = (each * mask[None, None, None] for each in (constant, slope))  # (F, 1, 1, b)
@@ -262,9 +264,9 @@ def _signed_max_pool(x: jax.Array, scale: jax.Array, window: int, padding: int) 
     """Window maxima of channels of non-negative ``scale``, minima of the others, and which member won (the first)."""
     sign = _channels(jnp.where(scale < 0, -1.0, 1.0).astype(x.dtype))
     pieces = _window_pieces(x * sign, window, padding, -jnp.inf)
-    best, place = pieces[0], jnp.zeros(pieces[0].shape, jnp.int8)
+    best, place = pieces[0], jnp.zeros_like(pieces[0])  # integers would leave vectors half empty
     for number, piece in enumerate(pieces[1:], start=1):
-        place = jnp.where(piece > best, jnp.int8(number), place)
+        place = jnp.where(piece > best, float(number), place)
         best = jnp.maximum(best, piece)
     return best * sign, place
 
