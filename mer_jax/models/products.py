@@ -1,4 +1,4 @@
-"""Matrix products of few rows with large kernels, in the order of operands in which XLA on a CPU is fastest.
+"""Matrix products of few rows with large kernels or many frames, in the order of operands in which XLA on a CPU is fastest.
 
 A compiler that is free to choose packs the whole kernel anew for a handful of rows. Rows that lie turned in memory
 spare it that, and the gradient of the kernel takes them so as well. Values and gradients are those of ``@``.
@@ -17,6 +17,12 @@ def project(rows: jax.Array, kernel: jax.Array) -> jax.Array:
 def project_back(rows: jax.Array, kernel: jax.Array) -> jax.Array:
     """``rows @ kernel.T``: ``(N, K)`` by ``(D, K)`` to ``(N, D)``; no forward-mode derivative."""
     return jax.lax.optimization_barrier(kernel @ rows.T).T  # (D, K) (K, N) -> (D, N) -> (N, D)
+
+
+@jax.custom_vjp
+def score(frames: jax.Array, probes: jax.Array) -> jax.Array:
+    """``frames @ probes.T``: many ``(N, D)`` by few ``(Q, D)`` to ``(N, Q)``; no forward-mode derivative."""
+    return frames @ probes.T  # (N, D) (D, Q) -> (N, Q)
 
 
 def _turn(rows):
@@ -49,6 +55,18 @@ def _project_back_backward(kept, cotangent):
 
 project.defvjp(_project_forward, _project_backward)
 project_back.defvjp(_project_back_forward, _project_back_backward)
+
+
+def _score_forward(frames, probes):
+    return score(frames, probes), (frames, probes)
+
+
+def _score_backward(kept, cotangent):
+    frames, probes = kept
+    return cotangent @ probes, _turn(cotangent) @ frames  # (N, Q) (Q, D) -> (N, D), (Q, N) (N, D) -> (Q, D)
+
+
+score.defvjp(_score_forward, _score_backward)
 
 
 def project_general(rows, kernel, dimension_numbers, precision=None, preferred_element_type=None):
