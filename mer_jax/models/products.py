@@ -1,4 +1,4 @@
-"""Matrix products of few rows with large kernels or many frames, in the order of operands in which XLA on a CPU is fastest.
+"""Matrix products of few rows with large kernels, or with many frames, in the order that is fastest on a CPU.
 
 A compiler that is free to choose packs the whole kernel anew for a handful of rows. Rows that lie turned in memory
 spare it that, and the gradient of the kernel takes them so as well. Values and gradients are those of ``@``.

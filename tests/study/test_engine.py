@@ -254,6 +254,23 @@ def test_a_diverging_member_is_frozen_and_harms_nobody():
     np.testing.assert_array_equal(predictions["probabilities"][[0, 2]], expected["probabilities"][[0, 2]])
 
 
+@pytest.mark.parametrize("broken", [np.nan, np.inf, -np.inf, 1e25])
+def test_no_broken_value_of_a_large_kernels_gradient_stays_unseen(rng, broken):
+    """Dense and convolution kernels: whichever value of a layer's inputs or of its outputs' gradient is broken."""
+    size = jax.jit(engine._gradient_size)
+    rows, cotangent = rng.normal(size=(288, 6)).astype(np.float32), rng.normal(size=(6, 64)).astype(np.float32)
+    assert np.isfinite(size({"dense": rows @ cotangent, "bias": cotangent.sum(axis=0)}))
+    for factor in (rows, cotangent):
+        for _ in range(20):
+            place = tuple(rng.integers(side) for side in factor.shape)
+            kept, factor[place] = factor[place], broken
+            with np.errstate(invalid="ignore"):
+                gradient = rows @ cotangent
+            factor[place] = kept
+            for kernel in (gradient, gradient.reshape(3, 3, 32, 64)):
+                assert not np.isfinite(size({"kernel": kernel, "bias": np.zeros(64, np.float32)}))
+
+
 def test_training_equals_a_plain_loop():
     """Dropout off: an eager loop over Optax, written without masks, scans or vmaps."""
     spec = member(1, 3, dropout=0.0, feature_dropout=0.0)
