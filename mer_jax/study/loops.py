@@ -21,7 +21,7 @@ MERGED = "xla_cpu_use_multi_output_fusion"
 
 def choose_loops(config: ConfigDict) -> None:
     """Asks XLA for merged loops where the model of a config gains from them, in a process for this training alone."""
-    if config.model.name not in CONVOLUTIONAL:
+    if config.get("model", {}).get("name") not in CONVOLUTIONAL:  # a field that is missing is told of later
         merge_loops()
 
 
