@@ -6,11 +6,12 @@ import signal
 from pathlib import Path
 
 # Before JAX is first imported: the tests of several devices need them, and none may touch an accelerator. The tests
-# compile many small programs and run each for a moment, so LLVM is told to hurry.
+# compile many small programs and run each for a moment, so XLA is told to hurry: its newer way to write loops alone
+# takes as long as the rest of the compilation. A test that needs it runs itself in another process.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ["XLA_FLAGS"] = (
-    os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=4"
-    " --xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false"
+    f"--xla_cpu_use_fusion_emitters=false {os.environ.get('XLA_FLAGS', '')}"
+    " --xla_force_host_platform_device_count=4 --xla_backend_optimization_level=0"
 )
 os.environ.setdefault("GLOG_minloglevel", "2")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
