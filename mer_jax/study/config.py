@@ -176,6 +176,8 @@ def _is_number(value: Any) -> bool:
 def _require(config: ConfigDict, field: str, holds, wanted: str) -> None:
     value: Any = config
     for part in field.split("."):
+        if part not in value:
+            raise UserError(f"config.{field} is missing; begin a config with mer_jax.study.config.base_config()")
         value = value[part]
     if not holds(value):
         raise UserError(f"config.{field}={value!r}: must be {wanted}")

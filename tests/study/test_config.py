@@ -43,6 +43,15 @@ def test_a_wrong_value_is_named_with_what_it_may_be(field, value, message):
     assert str(told.value).startswith(message) and "\n" not in str(told.value)
 
 
+def test_a_missing_field_is_named():
+    config = base_config()
+    del config.train.epochs
+    with pytest.raises(
+        UserError, match=r"config\.train\.epochs is missing; begin a config with mer_jax\.study\.config"
+    ):
+        validate(config)
+
+
 @pytest.mark.parametrize("change", [{"train.patience": 3, "evaluation.thresholds": "fixed"}, {}])
 def test_what_needs_an_inner_split_says_so(change):
     config = base_config()
