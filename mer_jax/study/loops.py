@@ -17,6 +17,8 @@ from mer_jax.models.registry import CONVOLUTIONAL
 
 OPTIONS = "xla_backend_extra_options"
 MERGED = "xla_cpu_use_multi_output_fusion"
+# Any value of the option merges, and LLVM refuses an unknown or empty name, but for those that begin with xla_.
+NOT_MERGED = "xla_none"
 
 
 def choose_loops(config: ConfigDict) -> None:

@@ -44,7 +44,7 @@ from mer_jax.study.devices import worker_devices
 from mer_jax.study.folds import inner_split, make_folds
 from mer_jax.study.held_out import resolve_evaluation
 from mer_jax.study.hosts import Group, LostProcess
-from mer_jax.study.loops import MERGED, OPTIONS, loops_are_merged
+from mer_jax.study.loops import MERGED, NOT_MERGED, OPTIONS, loops_are_merged
 from mer_jax.study.members import HYPER_NAMES, Member, make_members, member_key
 from mer_jax.study.memory import MemoryPlan, free_bytes, is_out_of_memory, plan_memory
 from mer_jax.study.results import FILENAME, StudyResults
@@ -530,7 +530,7 @@ def _settled_block_size(workdir: Path, chosen: int | None, platform: str) -> int
             f"config.platform={settled['platform']!r}, or choose another --workdir"
         )
     if settled.get("merged_loops", merged) != merged:
-        began, goes_on, option = ("without", "with", "") if merged else ("with", "without", MERGED)
+        began, goes_on, option = ("without", "with", NOT_MERGED) if merged else ("with", "without", MERGED)
         raise UserError(
             f"{workdir} holds a study that began {began} XLA's merged loops and would go on {goes_on} them; add "
             f"--{OPTIONS}={option} to XLA_FLAGS before JAX starts, or choose another --workdir"

@@ -271,7 +271,7 @@ def test_loops_of_another_kind_are_refused(challenge, copy, told, monkeypatch, b
     (copy / "predictions.npz").unlink()
     monkeypatch.setattr("mer_jax.study.train.loops_are_merged", lambda: not began_with)
     line = told(challenge.overrides, "copy")
-    began, option = ("with", "xla_cpu_use_multi_output_fusion") if began_with else ("without", "")
+    began, option = ("with", "xla_cpu_use_multi_output_fusion") if began_with else ("without", "xla_none")
     assert f"began {began} XLA's merged loops" in line and f"add --xla_backend_extra_options={option} to XLA_FL" in line
 
 

@@ -4,7 +4,7 @@ import os
 import subprocess
 import sys
 
-from mer_jax.study.loops import loops_are_merged, merge_loops
+from mer_jax.study.loops import MERGED, NOT_MERGED, OPTIONS, loops_are_merged, merge_loops
 
 PROGRAM = """
 import os
@@ -57,3 +57,11 @@ def test_a_running_jax_is_left_alone():
     loops_are_merged()  # JAX is running from here on
     merge_loops()
     assert os.environ["XLA_FLAGS"] == before and not loops_are_merged()
+
+
+def test_the_remedies_for_a_run_of_other_loops_are_flags_that_xla_takes():
+    told = "from mer_jax.study.loops import loops_are_merged, merge_loops; merge_loops(); print(loops_are_merged())"
+    for value, merged in ((NOT_MERGED, "False\n"), (MERGED, "True\n")):
+        flags = {"XLA_FLAGS": f"--{OPTIONS}={value}"}
+        done = subprocess.run([sys.executable, "-c", told], capture_output=True, text=True, env=os.environ | flags)
+        assert done.stdout == merged, done.stderr
