@@ -1,5 +1,6 @@
 """Strict surroundings for every test: four CPU devices, rank promotion raises, warnings are errors."""
 
+import importlib.metadata
 import importlib.util
 import os
 import signal
@@ -7,10 +8,12 @@ from pathlib import Path
 
 # Before JAX is first imported: the tests of several devices need them, and none may touch an accelerator. The tests
 # compile many small programs and run each for a moment, so XLA is told to hurry: its newer way to write loops alone
-# takes as long as the rest of the compilation. A test that needs it runs itself in another process.
+# takes as long as the rest of the compilation. A test that needs it runs itself in another process. Later versions have
+# no other way, and end the process at a flag that they do not know.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
+_OLDER_LOOPS = tuple(map(int, importlib.metadata.version("jaxlib").split(".")[:2])) < (0, 11)
 os.environ["XLA_FLAGS"] = (
-    f"--xla_cpu_use_fusion_emitters=false {os.environ.get('XLA_FLAGS', '')}"
+    f"{'--xla_cpu_use_fusion_emitters=false ' if _OLDER_LOOPS else ''}{os.environ.get('XLA_FLAGS', '')}"
     " --xla_force_host_platform_device_count=4 --xla_backend_optimization_level=0"
 )
 os.environ.setdefault("GLOG_minloglevel", "2")

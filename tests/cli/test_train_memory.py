@@ -94,8 +94,8 @@ def test_out_of_memory_for_one_member_is_one_line(trained):
 
 @pytest.mark.slow
 def test_out_of_memory_again_and_again(request, trained, tmp_path):
-    newer = "--xla_cpu_use_fusion_emitters=true"
-    if newer not in os.environ["XLA_FLAGS"]:
+    older, newer = (f"--xla_cpu_use_fusion_emitters={value}" for value in ("false", "true"))
+    if older in os.environ["XLA_FLAGS"] and newer not in os.environ["XLA_FLAGS"]:
         # The older way to write loops, quicker to compile, gives a program of one member other last bits.
         kept = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
         done = subprocess.run(
