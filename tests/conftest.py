@@ -7,14 +7,17 @@ import signal
 from pathlib import Path
 
 # Before JAX is first imported: the tests of several devices need them, and none may touch an accelerator. The tests
-# compile many small programs and run each for a moment, so XLA is told to hurry: its newer way to write loops alone
-# takes as long as the rest of the compilation. A test that needs it runs itself in another process. Later versions have
-# no other way, and end the process at a flag that they do not know.
+# compile many small programs and run each for a moment, so XLA is told to hurry, here and in the doors: its newer way
+# to write loops alone takes as long as the rest of the compilation. A test that needs it runs itself in a process of
+# its own. Later versions have no other way, and end the process at a flag that they do not know.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-_OLDER_LOOPS = tuple(map(int, importlib.metadata.version("jaxlib").split(".")[:2])) < (0, 11)
-os.environ["XLA_FLAGS"] = (
-    f"{'--xla_cpu_use_fusion_emitters=false ' if _OLDER_LOOPS else ''}{os.environ.get('XLA_FLAGS', '')}"
-    " --xla_force_host_platform_device_count=4 --xla_backend_optimization_level=0"
+os.environ["HURRIED_XLA"] = "--xla_backend_optimization_level=0" + (
+    " --xla_cpu_use_fusion_emitters=false"
+    if tuple(map(int, importlib.metadata.version("jaxlib").split(".")[:2])) < (0, 11)
+    else ""
+)
+os.environ["XLA_FLAGS"] = " ".join(
+    [os.environ["HURRIED_XLA"], os.environ.get("XLA_FLAGS", ""), "--xla_force_host_platform_device_count=4"]
 )
 os.environ.setdefault("GLOG_minloglevel", "2")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")

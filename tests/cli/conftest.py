@@ -135,7 +135,7 @@ class Door:
         kept = {name: value for name, value in os.environ.items() if name not in ("JAX_PLATFORMS", "XLA_FLAGS")}
         # Unoptimised programs compile three times as fast, and what is asked of them here is the same.
         flags = f"--xla_force_host_platform_device_count={devices}"
-        flags += "" if optimised else " --xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false"
+        flags += "" if optimised else f" {os.environ['HURRIED_XLA']}"
         self.process = subprocess.Popen(
             [sys.executable, str(ROOT / "scripts" / script), *map(str, arguments)],
             cwd=cwd,
