@@ -47,6 +47,7 @@ from mer_jax.study.hosts import Group, LostProcess
 from mer_jax.study.loops import MERGED, NOT_MERGED, OPTIONS, loops_are_merged
 from mer_jax.study.members import HYPER_NAMES, Member, make_members, member_key
 from mer_jax.study.memory import MemoryPlan, free_bytes, is_out_of_memory, plan_memory
+from mer_jax.study.places import Places, over_parts
 from mer_jax.study.results import FILENAME, StudyResults
 from mer_jax.study.search import draw_candidates
 from mer_jax.study.summary import write_summary
@@ -598,7 +599,7 @@ def _train_members(
     stop = threading.Event()
     show = progress if group.leads else Silent
     with show(total=num_members * plan.recipe.epochs, desc="training", unit="member-epochs") as bar:
-        runner = _BlockRunner(config, workdir, plan, programs, size, stop, bar, group)
+        runner = _BlockRunner(config, workdir, plan, programs, size, one_by_one, stop, bar, group)
         runner.together.update(dict.fromkeys(devices, memory.together))
         runner.epochs.update(memory.epochs)
         own, dealt = _first_blocks([each["count"] for each in told], group.index)
@@ -709,9 +710,10 @@ def _run_on_devices(runner, blocks, devices, stop: threading.Event, group: Group
 class _BlockRunner:
     """Trains one block of members at a time on one device; blocks share nothing but the compiled programs."""
 
-    def __init__(self, config, workdir, plan, programs, size, stop, bar, group):
+    def __init__(self, config, workdir, plan, programs, size, in_turn, stop, bar, group):
         self._config, self._workdir, self._plan = config, workdir, plan
-        self._programs, self._size, self._stop, self._bar, self._group = programs, size, stop, bar, group
+        self._programs, self._size, self._in_turn = programs, size, in_turn
+        self._stop, self._bar, self._group = stop, bar, group
         self.together: dict[jax.Device, int] = {}  # members in one call
         self.epochs: dict[jax.Device, Callable] = {}  # compiled for so many
         self._lock = threading.Lock()
@@ -763,8 +765,8 @@ class _BlockRunner:
         # The last block is filled up with copies of its first member, so that all blocks run the same program.
         padded = [*rows, *[rows[0]] * (self._size - len(rows))]
         members = jax.device_put(engine.stack_members([plan.inputs[row] for row in padded]), device)
-        together, train_epochs = self.together[device], self.epochs.get(device, self._programs.epochs)
-        over_parts = functools.partial(_over_parts, together, device)
+        together, planned = self.together[device], self.epochs.get(device, self._programs.epochs)
+        in_parts = functools.partial(over_parts, together, device)
         history = _empty_history(self._size, epochs, plan)
         epoch = checkpoints.latest() or 0
         if epoch:
@@ -776,35 +778,41 @@ class _BlockRunner:
                 state = jax.device_put(state, device)
             history = {name: np.array(values) for name, values in saved.items()}
         else:
-            state = over_parts(functools.partial(self._programs.init, arrays), members)
+            state = in_parts(functools.partial(self._programs.init, arrays), members)
             copies = np.arange(self._size) >= len(rows)
             state = state.replace(stopped=state.stopped | copies)  # they take no time
         self._forget_after([plan.members[row].id for row in rows], epoch)
         self._count(number, len(rows) * epoch, trained=False)
         saved_at = time.monotonic()
         stride = self._config.study.epochs_per_call
-        while epoch < epochs and not bool(np.all(state.stopped | (state.diverged_at >= 0))):
-            count = min(stride, epochs - epoch)
+        places = Places(members, state, together, device, self._in_turn)
+        del state
+        while epoch < epochs:
             # Beyond the last they do nothing.
             numbers = jax.device_put(np.arange(epoch + 1, epoch + 1 + stride, dtype=np.int32), device)
-            state, watch = over_parts(
-                lambda members, state, numbers=numbers: train_epochs(arrays, members, state, numbers),
-                members,
-                state,
-            )
-            _record(history, watch, epoch, count)
+
+            def call(width, members, state, numbers=numbers):
+                train_epochs = planned if width == together else self._programs.epochs
+                return train_epochs(arrays, members, state, numbers)
+
+            trained = places.train(call)
+            if trained is None:
+                break
+            count = min(stride, epochs - epoch)
+            _record(history, *trained, epoch, count)
             epoch += count
             self._log(rows, history, epoch - count, epoch)
             self._count(number, len(rows) * epoch, trained=True)
             if self._stop.is_set():
-                checkpoints.save(epoch, {"state": jax.device_get(state), **history})
+                checkpoints.save(epoch, {"state": jax.device_get(places.joined()), **history})
                 raise _Stopped
             if epoch < epochs and time.monotonic() - saved_at >= self._config.study.checkpoint_seconds:
                 saved_at = time.monotonic()
                 with _kept_going():
-                    checkpoints.save(epoch, {"state": jax.device_get(state), **history})
+                    checkpoints.save(epoch, {"state": jax.device_get(places.joined()), **history})
+        state = places.joined()
         self._count(number, len(rows) * epochs, trained=False)
-        results = over_parts(functools.partial(self._programs.finish, arrays), members, state)
+        results = in_parts(functools.partial(self._programs.finish, arrays), members, state)
         self._save_block(number, rows, results, state, history)
         checkpoints.remove()
 
@@ -860,31 +868,6 @@ class _BlockRunner:
                     stream.write("".join(lines))
             except OSError as error:
                 raise UserError(f"{path}: cannot be written ({error.strerror}); free space there") from error
-
-
-def _over_parts(together: int, device: jax.Device, function: Callable, *trees):
-    """Calls ``function`` with at most ``together`` members at a time.
-
-    Args:
-        together: The number.
-        device: Where.
-        function: From trees with a leading member axis to such a tree; it may donate its last argument.
-        *trees: Of all members.
-
-    Returns:
-        The result for all members: on the device where they were called at once, on the host otherwise, for then the
-        device has room for those alone that are at work.
-    """
-    size = len(jax.tree.leaves(trees)[0])
-    if together >= size:
-        return function(*trees)
-    parts = []
-    for start in range(0, size, together):
-        index = np.minimum(np.arange(start, start + together), size - 1)  # the last part is filled up
-        part = jax.device_put(jax.tree.map(lambda x, index=index: x[index], trees), device)
-        kept = min(together, size - start)
-        parts.append(jax.tree.map(lambda x, kept=kept: x[:kept], jax.device_get(function(*part))))
-    return jax.tree.map(lambda *leaves: np.concatenate(leaves), *parts)
 
 
 def _metrics_path(workdir: Path, index: int) -> Path:
@@ -944,10 +927,10 @@ def _empty_history(size: int, epochs: int, plan: Plan) -> dict[str, np.ndarray]:
     return history
 
 
-def _record(history: dict[str, np.ndarray], watch: engine.Watch, epoch: int, count: int) -> None:
-    for name in _HISTORY:
-        history[name][:, epoch : epoch + count] = np.asarray(getattr(watch, name))[:, :count]
-    history["probabilities"][:, epoch : epoch + count] = np.asarray(watch.probabilities)[:, :count]
+def _record(history: dict[str, np.ndarray], rows: np.ndarray, watch: engine.Watch, epoch: int, count: int) -> None:
+    for name, values in history.items():
+        seen = getattr(watch, name)  # (r, E, ...)
+        values[rows, epoch : epoch + count] = seen[:, :count]
 
 
 def _metric_lines(ids: Sequence[str], history: Mapping[str, np.ndarray], first: int, last: int) -> list[str]:
