@@ -293,7 +293,7 @@ def _gradient_size(gradients) -> jax.Array:
 
     The gradient of a large kernel is a product of two matrices, so that what is not finite in one of them spoils a
     whole row or column. Its first row and its first column meet all of these; reading all of it takes as long as a
-    tenth of the update. What overflows in the product alone makes the next step's loss NaN.
+    tenth of the update. What overflows in the product alone makes the next step's loss NaN, or the predictions.
     """
     witnesses = []
     for gradient in jax.tree.leaves(gradients):
@@ -432,8 +432,9 @@ def finish_member(
     """Predictions of a member's selected epoch; vmap it.
 
     Returns:
-        ``probabilities`` ``(N, C)`` of every sample, NaN for a diverged member; ``attention_<encoder>`` ``(V, T)``
-        of the watched samples, averaged over queries; ``gate`` ``(G,)`` for models that have one.
+        ``probabilities`` ``(N, C)`` of every sample, NaN for a diverged member; ``diverged_at`` as in
+        :class:`MemberState`, or the last step where it broke what no later step could meet; ``attention_<encoder>``
+        ``(V, T)`` of the watched samples, averaged over queries; ``gate`` ``(G,)`` for models that have one.
     """
     everything = jnp.arange(arrays.labels.shape[0], dtype=jnp.int32)
     logits, attention = predict_samples(
@@ -447,9 +448,13 @@ def finish_member(
         None,
         None,
     )
-    probabilities = jnp.where(state.diverged_at < 0, class_probabilities(recipe, logits), jnp.nan)
+    probabilities = class_probabilities(recipe, logits)
+    broken = (state.diverged_at < 0) & ~jnp.all(jnp.isfinite(probabilities))
+    diverged_at = jnp.where(broken, jnp.maximum(state.step - 1, 0), state.diverged_at)
+    probabilities = jnp.where(diverged_at < 0, probabilities, jnp.nan)
     watched = {f"attention_{name}": values[member.watched] for name, values in attention.items()}  # (N, T) -> (V, T)
-    return {"probabilities": probabilities} | watched | ({"gate": extras["gate"]} if "gate" in extras else {})
+    finished = {"probabilities": probabilities, "diverged_at": diverged_at}
+    return finished | watched | ({"gate": extras["gate"]} if "gate" in extras else {})
 
 
 def unseen(arrays: Arrays, members: MemberInputs, *leading: int) -> Watch:

@@ -818,8 +818,7 @@ class _BlockRunner:
 
     def _save_block(self, number, rows, results, state, history) -> None:
         results = {name: np.asarray(value)[: len(rows)] for name, value in results.items()}
-        diverged_at = np.asarray(state.diverged_at)[: len(rows)]
-        for row, step in zip(rows, diverged_at, strict=True):
+        for row, step in zip(rows, results["diverged_at"], strict=True):
             if step >= 0:
                 name = self._plan.members[row].id
                 say(f"warning: member {name} diverged at step {step} and was frozen; the others go on")
@@ -829,7 +828,6 @@ class _BlockRunner:
             block_path(self._workdir, number),
             **results,
             **{f"curve_{name}": values[: len(rows)] for name, values in history.items()},
-            diverged_at=diverged_at,
             best_epoch=np.asarray(state.best_epoch)[: len(rows)],
         )
 

@@ -254,6 +254,19 @@ def test_a_diverging_member_is_frozen_and_harms_nobody():
     np.testing.assert_array_equal(predictions["probabilities"][[0, 2]], expected["probabilities"][[0, 2]])
 
 
+def test_what_only_the_predictions_meet_is_a_divergence_of_the_last_step():
+    data, block = on_device((arrays(), engine.stack_members([member(*spec) for spec in TEN[:3]])))
+    state = programs().init(data, block)
+    expected = jax.device_get(programs().finish(data, block, state))
+    assert expected["diverged_at"].tolist() == [-1, -1, -1]
+    variables = jax.tree.map(lambda x: x.at[1].set(jnp.nan), state.best_variables)
+    broken = state.replace(best_variables=variables, step=jnp.array([7, 7, 7], jnp.int32))
+    finished = jax.device_get(programs().finish(data, block, broken))
+    assert finished["diverged_at"].tolist() == [-1, 6, -1]
+    assert np.isnan(finished["probabilities"][1]).all()
+    np.testing.assert_array_equal(finished["probabilities"][[0, 2]], expected["probabilities"][[0, 2]])
+
+
 @pytest.mark.parametrize("broken", [np.nan, np.inf, -np.inf, 1e25])
 def test_no_broken_value_of_a_large_kernels_gradient_stays_unseen(rng, broken):
     """Dense and convolution kernels: whichever value of a layer's inputs or of its outputs' gradient is broken."""
