@@ -1,4 +1,7 @@
-"""The same training in PyTorch: an idiomatic loop over members, and all of them at once by ``torch.func``."""
+"""The same training in PyTorch: an idiomatic loop over members, and all of them at once by ``torch.func``.
+
+It runs on the kind of device that JAX runs on.
+"""
 
 import copy
 import math
@@ -10,6 +13,8 @@ from torch import nn
 from torch.nn import functional
 
 from benchmarks.jobs import WIDTHS, Job
+from mer_jax.errors import UserError
+from mer_jax.study.devices import worker_devices
 
 
 class TorchSTSTNet(nn.Module):
@@ -129,6 +134,22 @@ def make_network(job: Job) -> nn.Module:
     return TorchFusion(model, job.plan.arrays.labels.shape[1], train.dropout, train.feature_dropout)
 
 
+def _device() -> torch.device:
+    """Where PyTorch trains.
+
+    Raises:
+        UserError: JAX has a GPU that PyTorch does not see.
+    """
+    kind = worker_devices("")[0].platform
+    if kind == "cpu":
+        return torch.device("cpu")
+    if not torch.cuda.is_available():
+        raise UserError(
+            f"JAX runs on {kind}, and PyTorch sees no GPU: install a build of PyTorch for it, or set JAX_PLATFORMS=cpu"
+        )
+    return torch.device("cuda")
+
+
 def _prepared(job: Job) -> tuple[torch.Tensor, ...]:
     """The inputs of all held-out folds, each ``(F or 1, N, ...)``."""
     arrays = job.plan.arrays
@@ -175,19 +196,21 @@ def _watched(member) -> torch.Tensor:
 
 def pytorch_way(job: Job) -> Callable[[], None]:
     """A turn of the idiomatic loop: one member after another, all of PyTorch's threads on each."""
-    prepared, labels = _prepared(job), torch.tensor(job.plan.arrays.labels)
+    device = _device()
+    prepared, labels = [x.to(device) for x in _prepared(job)], torch.tensor(job.plan.arrays.labels, device=device)
     size = job.plan.recipe.batch_size
 
     def turn():
         for number, member in enumerate(job.plan.inputs):
             torch.manual_seed(number)
             inputs = [x[int(member.fold) if len(x) > 1 else 0] for x in prepared]
-            train, watched = torch.tensor(np.flatnonzero(np.asarray(member.train_mask))), _watched(member)
-            model = make_network(job)
+            train = torch.tensor(np.flatnonzero(np.asarray(member.train_mask)), device=device)
+            watched = _watched(member).to(device)
+            model = make_network(job).to(device)
             optimiser, schedule = _optimiser(job, model.parameters(), -(-len(train) // size) * job.epochs)
             for _ in range(job.epochs):
                 model.train()
-                for batch in train[torch.randperm(len(train))].split(size):
+                for batch in train[torch.randperm(len(train), device=device)].split(size):
                     optimiser.zero_grad()
                     _losses(job, model(*(x[batch] for x in inputs)), labels[batch]).mean().backward()
                     optimiser.step()
@@ -205,14 +228,15 @@ def vmap_way(job: Job) -> Callable[[], None]:
     Members take equally many samples, as a stack asks for: one with fewer repeats some of its own. Their losses are
     summed for one backward pass, and one optimiser works on the stacked weights, which is the same for every member.
     """
-    prepared, labels = _prepared(job), torch.tensor(job.plan.arrays.labels)
+    device = _device()
+    prepared, labels = [x.to(device) for x in _prepared(job)], torch.tensor(job.plan.arrays.labels, device=device)
     members, size = job.plan.inputs, job.plan.recipe.batch_size
-    fold = torch.tensor([int(member.fold) for member in members])[:, None]  # (M, 1)
-    owned = [torch.tensor(np.flatnonzero(np.asarray(member.train_mask))) for member in members]
+    fold = torch.tensor([int(member.fold) for member in members], device=device)[:, None]  # (M, 1)
+    owned = [torch.tensor(np.flatnonzero(np.asarray(member.train_mask)), device=device) for member in members]
     most = max(map(len, owned))
     watched = [_watched(member) for member in members]
     widest = max(map(len, watched))
-    watched = torch.stack([each[torch.arange(widest) % len(each)] for each in watched])  # (M, V)
+    watched = torch.stack([each[torch.arange(widest) % len(each)] for each in watched]).to(device)  # (M, V)
 
     def take(index):
         """``(M, B)`` to a list of ``(M, B, ...)``."""
@@ -220,7 +244,7 @@ def vmap_way(job: Job) -> Callable[[], None]:
 
     def turn():
         torch.manual_seed(0)
-        networks = [make_network(job) for _ in members]
+        networks = [make_network(job).to(device) for _ in members]
         parameters, buffers = torch.func.stack_module_state(networks)
         network = copy.deepcopy(networks[0]).to("meta")
         del networks
@@ -232,7 +256,8 @@ def vmap_way(job: Job) -> Callable[[], None]:
         apply = torch.func.vmap(logits_of, randomness="different")
         for _ in range(job.epochs):
             network.train()
-            order = torch.stack([each[torch.randperm(len(each))][torch.arange(most) % len(each)] for each in owned])
+            shuffled = [each[torch.randperm(len(each), device=device)] for each in owned]
+            order = torch.stack([each[torch.arange(most, device=device) % len(each)] for each in shuffled])
             for batch in order.split(size, 1):
                 optimiser.zero_grad()
                 _losses(job, apply(parameters, buffers, *take(batch)), labels[batch]).mean(1).sum().backward()
