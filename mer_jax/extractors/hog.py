@@ -69,11 +69,12 @@ def hog(
     down, right = (part[: rows * cell, : columns * cell].ravel() for part in (down, right))
     magnitude = np.hypot(down, right)
     turn = 360 if signed else 180
-    angle = np.rad2deg(np.arctan2(down, right)) % turn * np.float32(orientations / turn)
+    # In float64: some processors' float32 puts a gradient of exactly 45 degrees, as grey levels give, just below it.
+    angle = np.rad2deg(np.arctan2(down, right, dtype=np.float64)) % turn * (orientations / turn)
     if interpolate:
         # Bin k is centred at k + 0.5, and the bins close a circle.
-        below = np.floor(angle - np.float32(0.5))
-        share = angle - np.float32(0.5) - below
+        below = np.floor(angle - 0.5)
+        share = (angle - 0.5 - below).astype(np.float32)
         below = below.astype(np.int32)
         votes = ((below % orientations, magnitude * (1 - share)), ((below + 1) % orientations, magnitude * share))
     else:
