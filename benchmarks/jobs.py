@@ -24,7 +24,8 @@ from mer_jax.models.registry import Learner, build_learner
 from mer_jax.study.data import MULTI_CLASS, MULTI_LABEL, StudyData
 from mer_jax.study.devices import worker_devices
 from mer_jax.study.engine import Arrays, MemberInputs, Programs, make_programs, stack_members
-from mer_jax.study.train import Plan, block_size, input_channels, make_plan
+from mer_jax.study.train import Plan, block_size, make_plan
+from mer_jax.study.validation import input_channels
 
 MODELS = ("fusion", "fusion_frame", "micro_attnet", "ststnet")
 WIDTHS = {"appearance": 1536, "geometry": 171}

@@ -5,6 +5,67 @@ from pathlib import Path
 from typing import Any
 
 from mer_jax.errors import UserError
+from mer_jax.fields import TEXT, TEXTS, Kinds, one_of, settings_of, whole
+
+_FLOW_FAMILIES = ("four_dme_flow", "megc2019")
+_FEATURE_FAMILIES = ("four_dme",)
+_BEGIN = {
+    "four_dme": "begin a config with get_config() of configs/fusion.py",
+    "four_dme_flow": "begin a config with get_config() of configs/micro_attnet.py",
+    "megc2019": "begin a config with get_config() of configs/megc2019.py",
+}
+
+
+def family_of(data: Mapping, flow: bool) -> str:
+    """The family of the data set that a config names, such as ``'four_dme'``.
+
+    Args:
+        data: ``config.data``, of which ``dataset`` is read.
+        flow: Whether it must be one of flow.
+
+    Raises:
+        UserError: There is no such family.
+    """
+    family = data["dataset"].partition("/")[0]
+    families = _FLOW_FAMILIES if flow else _FEATURE_FAMILIES
+    if family not in families:
+        known = ", ".join(f"'{each}/...'" for each in families)
+        raise UserError(
+            f"config.data.dataset={data['dataset']!r}: a study of {'flow' if flow else 'features'} needs {known}"
+        )
+    return family
+
+
+def data_fields(family: str) -> tuple[Kinds, str]:
+    """The fields of ``config.data`` that building and finding a data set takes, and where to begin a config with them.
+
+    Args:
+        family: As :func:`family_of` gives it.
+    """
+    from mer_jax.clips.apex import ApexConfig
+    from mer_jax.clips.crops import CropConfig
+    from mer_jax.clips.flow import FlowConfig
+
+    texts, tuples, sections = ("dataset", "data_dir", "source", "labels"), (), {}
+    if family == "megc2019":
+        from data_builders import megc2019
+
+        texts += tuple(megc2019.SOURCES)
+        sections["raw"] = {
+            "crop": settings_of(CropConfig) | {"rule": TEXT},
+            "apex": settings_of(ApexConfig) | {"rule": one_of(("half_way", "motion"))},
+            "flow": settings_of(FlowConfig),
+            "size": whole(1),
+            "store": TEXT,
+        }
+    else:
+        texts, tuples = (*texts, "test_source", "workbook"), ("columns",)
+    if family == "four_dme_flow":
+        sections |= {"crop": settings_of(CropConfig), "apex": settings_of(ApexConfig), "flow": settings_of(FlowConfig)}
+    if family == "four_dme":
+        tuples += ("features",)
+    kinds = dict.fromkeys(texts, TEXT) | dict.fromkeys(tuples, TEXTS) | {"workers": whole(0, 1024)} | sections
+    return kinds, _BEGIN[family]
 
 
 def ensure_dataset(data: Mapping, extractors: Sequence[str] | None) -> Path:
@@ -22,15 +83,9 @@ def ensure_dataset(data: Mapping, extractors: Sequence[str] | None) -> Path:
     Raises:
         UserError: There is no such data set, or it cannot be built.
     """
-    family, _, name = data["dataset"].partition("/")
-    flow = "channels" in data
-    builders = {"four_dme_flow": _four_dme_flow, "megc2019": _megc2019} if flow else {"four_dme": _four_dme}
-    if family not in builders:
-        known = ", ".join(f"'{each}/...'" for each in builders)
-        raise UserError(
-            f"config.data.dataset={data['dataset']!r}: a study of {'flow' if flow else 'features'} needs {known}"
-        )
-    return builders[family](name, data, extractors)
+    builders = {"four_dme_flow": _four_dme_flow, "megc2019": _megc2019, "four_dme": _four_dme}
+    name = data["dataset"].partition("/")[2]
+    return builders[family_of(data, "channels" in data)](name, data, extractors)
 
 
 def held_features(data: Mapping) -> dict[str, str] | None:
@@ -46,9 +101,7 @@ def held_features(data: Mapping) -> dict[str, str] | None:
     Raises:
         UserError: There is no such data set, or what is there is none.
     """
-    family, _, name = data["dataset"].partition("/")
-    if family != "four_dme":
-        raise UserError(f"config.data.dataset={data['dataset']!r}: a study of features needs 'four_dme/...'")
+    family, name = family_of(data, flow=False), data["dataset"].partition("/")[2]
     from data_builders import four_dme
     from data_builders.tfds_files import read_metadata
     from mer_jax.extractors.base import EXTRACTORS, get_extractor

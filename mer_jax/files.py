@@ -1,12 +1,19 @@
-"""Files that are either whole or absent: every result is written beside its place and then renamed into it."""
+"""Files that are either whole or absent: every result is written beside its place and then renamed into it.
+
+What a user or a disk has damaged all the same is told in one line by those that read them.
+"""
 
 import contextlib
 import fcntl
 import io
+import json
 import os
 import uuid
+import zipfile
+import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -90,3 +97,40 @@ def atomic_savez(path: str | os.PathLike, **arrays: np.ndarray) -> None:
     buffer = io.BytesIO()
     np.savez_compressed(buffer, **arrays)
     atomic_write_bytes(path, buffer.getvalue())
+
+
+def read_json(path: str | os.PathLike, remedy: str) -> dict[str, Any]:
+    """Reads a JSON file that holds an object.
+
+    Args:
+        path: The file.
+        remedy: What to do where it cannot be read.
+
+    Raises:
+        UserError: It cannot be read, or holds something else.
+    """
+    try:
+        content = json.loads(Path(path).read_text(encoding="utf-8"))
+        if not isinstance(content, dict):
+            raise ValueError("no JSON object")
+        return content
+    except (OSError, ValueError) as error:
+        raise _unreadable(path, error, remedy) from error
+
+
+def read_arrays(path: str | os.PathLike, remedy: str) -> dict[str, np.ndarray]:
+    """Reads all arrays of an ``.npz``; errors as of :func:`read_json`."""
+    try:
+        # NumPy leaves a file that it opened itself open when it is no archive.
+        with open(path, "rb") as stream, np.load(stream, allow_pickle=False) as archive:
+            return {name: archive[name] for name in archive.files}
+    except (ValueError, EOFError, AttributeError, NotImplementedError, zipfile.BadZipFile, zlib.error) as error:
+        # NumPy takes what is no archive for a pickle, and tells how to load that.
+        raise UserError(f"{path}: cannot be read (no whole .npz archive); {remedy}") from error
+    except OSError as error:
+        raise _unreadable(path, error, remedy) from error
+
+
+def _unreadable(path: str | os.PathLike, error: Exception, remedy: str) -> UserError:
+    reason = error.strerror if isinstance(error, OSError) and error.strerror else " ".join(str(error).split())
+    return UserError(f"{path}: cannot be read ({reason}); {remedy}")

@@ -12,10 +12,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from absl import app, flags
 from ml_collections import config_flags
 
-from mer_jax.cli import open_door, parse_config_flags
+from mer_jax.cli import define_config, open_door, parse_config_flags
 from mer_jax.errors import UserError
 
-_CONFIG = config_flags.DEFINE_config_file("config", None, "Config file, such as configs/megc2019.py:ststnet.")
+_CONFIG = define_config("Config file, such as configs/megc2019.py:ststnet.")
 _WEIGHTS = flags.DEFINE_string("weights", None, "Folder of <subject>.pth files, one a left-out subject.")
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run, which scripts/evaluate.py scores again.")
 _ALLOW_MISSING = flags.DEFINE_bool(

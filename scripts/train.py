@@ -8,10 +8,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from absl import app, flags
 from ml_collections import config_flags
 
-from mer_jax.cli import open_door, parse_config_flags
+from mer_jax.cli import define_config, open_door, parse_config_flags
 from mer_jax.errors import UserError
 
-_CONFIG = config_flags.DEFINE_config_file("config", None, "Config file, such as configs/fusion.py:geometry.")
+_CONFIG = define_config("Config file, such as configs/fusion.py:geometry.")
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run; runs/<name of config and overrides> by default.")
 _DISTRIBUTED = flags.DEFINE_bool(
     "distributed", False, "All processes of this job train one study; JAX finds them (SLURM, Kubernetes, Cloud TPU)."
@@ -30,8 +30,10 @@ def main(argv: list[str]) -> None:
         from mer_jax.study.hosts import open_group
         from mer_jax.study.loops import choose_loops
         from mer_jax.study.train import train
+        from mer_jax.study.validation import validate_study
         from mer_jax.study.workdir import default_workdir
 
+        validate_study(_CONFIG.value)  # its fields choose what comes next
         overrides = config_flags.get_override_values(flags.FLAGS["config"])
         choose_loops(_CONFIG.value)
         workdir = _WORKDIR.value or default_workdir(_CONFIG.value, overrides)

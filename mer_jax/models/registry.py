@@ -4,12 +4,45 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 from mer_jax.errors import UserError
+from mer_jax.fields import FLAG, SECTION, TEXT, Kind, Kinds, check_fields, one_of, whole
 from mer_jax.models.fusion import DROPOUT_KINDS, FUSIONS, FusionClassifier
 from mer_jax.models.micro_attnet import MicroAttNet
 from mer_jax.models.ststnet import STSTNet
 
 CONVOLUTIONAL = ("micro_attnet", "ststnet")
 """Models whose time goes into the maps of convolutions."""
+
+_POSITIVE = whole(1)
+_PAIR = Kind(
+    lambda value: isinstance(value, tuple | list) and len(value) == 2 and all(map(_POSITIVE.holds, value)),
+    "two numbers of at least 1",
+)
+_FIELDS: Mapping[str, Kinds] = {
+    "fusion": {
+        "fusion": one_of(FUSIONS),
+        "num_queries": SECTION,
+        "key_dim": _POSITIVE,
+        "hidden_dim": _POSITIVE,
+        "feature_dropout_kind": one_of(DROPOUT_KINDS),
+        "concat_width": whole(0),
+    },
+    "micro_attnet": {
+        "attention": FLAG,
+        "se_stream": TEXT,
+        "features": _PAIR,
+        "kernels": _PAIR,
+        "pools": _PAIR,
+        "attention_hidden": _POSITIVE,
+        "se_reduction": _POSITIVE,
+        "hidden_dim": _POSITIVE,
+    },
+    "ststnet": {},
+}
+_BEGIN = {
+    "fusion": "begin a config with get_config() of configs/fusion.py",
+    "micro_attnet": "begin a config with get_config() of configs/micro_attnet.py",
+    "ststnet": "begin a config with get_config() of configs/megc2019.py",
+}
 
 # What of a convolution's maps a core of a CPU keeps at hand (measured: see benchmarks/micro_attnet.py).
 _CACHE_BYTES = 1 << 20
@@ -35,6 +68,51 @@ class Learner(NamedTuple):
     stream_names: tuple[str, ...] = ()
 
 
+def check_model(config: Mapping, channels: Sequence[str], flow: bool) -> None:
+    """Checks the fields of a model.
+
+    Args:
+        config: ``config.model``.
+        channels: What the model fuses, as :func:`build_learner` takes it.
+        flow: Whether these are channels of flow rather than modalities of features.
+
+    Raises:
+        UserError: Naming the field that is off.
+    """
+    check_fields(
+        config, "config.model", {"name": one_of(_FIELDS)}, "begin a config with a file of configs/", others=config
+    )
+    name = config["name"]
+    if (name in CONVOLUTIONAL) != flow:
+        fitting = ", ".join(repr(other) for other in _FIELDS if (other in CONVOLUTIONAL) == flow)
+        raise UserError(
+            f"config.model.name={name!r}: a study of {'flow' if flow else 'features'} needs one of {fitting}"
+        )
+    # Another model's fields may have stayed where --config.model.name has changed.
+    others = {"name"}.union(*_FIELDS.values())
+    check_fields(config, "config.model", _FIELDS[name], _BEGIN[name], others)
+    if name == "fusion":
+        queries = dict.fromkeys(channels, _POSITIVE)
+        check_fields(
+            config["num_queries"],
+            "config.model.num_queries",
+            queries,
+            "add its number of queries",
+            config["num_queries"],
+        )
+    if name == "micro_attnet":
+        se_stream = config["se_stream"]
+        if se_stream and se_stream not in channels:
+            raise UserError(
+                f"config.model.se_stream={se_stream!r}: must be one of config.data.channels ({', '.join(channels)}), "
+                "or ''"
+            )
+        if any(kernel % 2 == 0 for kernel in config["kernels"]):
+            raise UserError(
+                f"config.model.kernels={tuple(config['kernels'])}: must be odd, so that maps keep their size"
+            )
+
+
 def build_learner(config: Mapping, channels: Sequence[str], num_classes: int, platform: str = "") -> Learner:
     """Makes the model of a config.
 
@@ -51,25 +129,12 @@ def build_learner(config: Mapping, channels: Sequence[str], num_classes: int, pl
         UserError: Naming the field that is off.
     """
     builders = {"fusion": _build_fusion, "micro_attnet": _build_micro_attnet, "ststnet": _build_ststnet}
-    if config["name"] not in builders:
-        raise UserError(f"config.model.name={config['name']!r}: must be one of {', '.join(map(repr, builders))}")
+    check_model(config, channels, config.get("name") in CONVOLUTIONAL)
     return builders[config["name"]](config, tuple(channels), num_classes, _CACHE_BYTES if platform == "cpu" else 0)
 
 
 def _build_micro_attnet(config: Mapping, channels: tuple[str, ...], num_classes: int, cache_bytes: int) -> Learner:
     se_stream = config["se_stream"]
-    if se_stream and se_stream not in channels:
-        raise UserError(
-            f"config.model.se_stream={se_stream!r}: must be one of config.data.channels ({', '.join(channels)}), or ''"
-        )
-    for field in ("features", "kernels", "pools"):
-        if len(config[field]) != 2 or min(config[field]) < 1:
-            raise UserError(f"config.model.{field}={tuple(config[field])}: must be two numbers of at least 1")
-    if any(kernel % 2 == 0 for kernel in config["kernels"]):
-        raise UserError(f"config.model.kernels={tuple(config['kernels'])}: must be odd, so that maps keep their size")
-    for field in ("attention_hidden", "se_reduction", "hidden_dim"):
-        if config[field] < 1:
-            raise UserError(f"config.model.{field}={config[field]!r}: must be at least 1")
     model = MicroAttNet(
         num_classes=num_classes,
         se_stream=channels.index(se_stream) if se_stream else -1,
@@ -136,26 +201,15 @@ def _check_size(shape: tuple[int, ...], least: int) -> None:
 
 def _build_fusion(config: Mapping, modalities: tuple[str, ...], num_classes: int, cache_bytes: int) -> Learner:
     del cache_bytes  # its maps are small
-    for field, allowed in (("fusion", FUSIONS), ("feature_dropout_kind", DROPOUT_KINDS)):
-        if config[field] not in allowed:
-            raise UserError(f"config.model.{field}={config[field]!r}: must be one of {', '.join(map(repr, allowed))}")
     queries = config["num_queries"]
-    missing = [modality for modality in modalities if modality not in queries]
-    if missing:
-        raise UserError(f"config.model.num_queries has no entry for {', '.join(missing)}; add its number of queries")
-    sizes = {"key_dim": config["key_dim"], "hidden_dim": config["hidden_dim"]}
-    for field, value in (sizes | {f"num_queries.{modality}": queries[modality] for modality in modalities}).items():
-        if value < 1:
-            raise UserError(f"config.model.{field}={value!r}: must be at least 1")
-    if config["concat_width"] < 0:
-        raise UserError(f"config.model.concat_width={config['concat_width']!r}: must be at least 0")
     model = FusionClassifier(
         num_queries={modality: queries[modality] for modality in modalities},
         num_classes=num_classes,
         fusion=config["fusion"],
         concat_width=config["concat_width"],
         feature_dropout_kind=config["feature_dropout_kind"],
-        **sizes,
+        key_dim=config["key_dim"],
+        hidden_dim=config["hidden_dim"],
     )
 
     def init(key, inputs):

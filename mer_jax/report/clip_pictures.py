@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from mer_jax.errors import UserError
+from mer_jax.files import read_json
 from mer_jax.report.attention_picture import AttentionPicture, HeatMap, draw_picture, save_picture
 from mer_jax.report.canvas import PRINT, save_png
 from mer_jax.study.predict import Predictions, predict, speaking_members
@@ -92,8 +93,6 @@ def picture_of_clip(
         UserError: There is no such clip or member, no member held it out, the study attends to no frames, or the
             frames are not where they were.
     """
-    import json
-
     from mer_jax.study.summary import read_evaluation
 
     results = StudyResults.load(workdir)
@@ -105,7 +104,7 @@ def picture_of_clip(
     if not (results.member_fold[members] == results.clip_fold[found]).any():
         told = f"--member={member} did not hold it out" if member else "no finished member held it out"
         raise UserError(f"--clip={clip}: {told}; choose a member of fold {results.clip_fold[found]}")
-    data = json.loads((Path(workdir) / "config.json").read_text())["data"]
+    data = read_json(Path(workdir) / "config.json", "give a folder as scripts/train.py wrote it")["data"]
     (shown,) = see_clips(data, results, [(found, view)])
     predictions = predict(results, evaluation, split="train", member=member)
     save_picture(picture, _compose(results, predictions, members, shown))

@@ -12,7 +12,7 @@ import numpy as np
 
 from mer_jax.errors import UserError
 from mer_jax.evaluation.thresholds import UNTUNED
-from mer_jax.files import atomic_write_text
+from mer_jax.files import atomic_write_text, read_json
 from mer_jax.report import plots
 from mer_jax.report.clip_pictures import ReportPicture, write_pictures
 from mer_jax.report.plots import format_number
@@ -88,12 +88,7 @@ def write_report(workdir: str | os.PathLike) -> Path:
 
 def _read_json(path: Path):
     """Content of a JSON file, or None where there is no such file."""
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return None
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path}: cannot be read ({error}); run the study again to rewrite it") from error
+    return read_json(path, "delete it and run scripts/train.py again") if path.exists() else None
 
 
 def _clips_without_face(path: Path) -> list[str] | None:
@@ -104,7 +99,9 @@ def _clips_without_face(path: Path) -> list[str] | None:
     except FileNotFoundError:
         return None
     except (OSError, ValueError, csv.Error) as error:
-        raise UserError(f"{path}: cannot be read ({error}); run the study again to rewrite it") from error
+        raise UserError(
+            f"{path}: cannot be read ({error}); delete it and run the same command again, which goes on without it"
+        ) from error
     if not rows or "face_found" not in rows[0] or "clip" not in rows[0]:
         return None
     return [row["clip"] for row in rows if row["face_found"].strip().lower() in ("0", "false")]

@@ -1,7 +1,6 @@
 """The part of a config that every study shares, its checks, and its comparison with an earlier run's."""
 
 import json
-import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -9,11 +8,12 @@ from ml_collections import ConfigDict
 
 from mer_jax.errors import UserError
 from mer_jax.evaluation.thresholds import TUNED_MODES
+from mer_jax.fields import SECTION, TEXT, Kind, Kinds, check_fields, number, numbers, one_of, several, whole
 from mer_jax.study.adam import OPTIMISERS
 from mer_jax.study.engine import SCHEDULES
 from mer_jax.study.held_out import resolve_evaluation
 from mer_jax.study.members import HYPER_NAMES
-from mer_jax.study.search import validate_search
+from mer_jax.study.search import RANGES, validate_search
 
 # A run may go on under other values of these. The platform is checked by itself, by what it turned out to be.
 NEUTRAL_FIELDS = ("platform", "study.checkpoint_seconds", "study.compile_cache", "data.workers", "report.pictures")
@@ -88,6 +88,54 @@ def base_config() -> ConfigDict:
     return config
 
 
+_BEGIN = "begin a config with mer_jax.study.config.base_config()"
+_RATE = number(0, 1)
+_SEED = whole(0, 2**32 - 1)
+
+SHARED: Kinds = {
+    "seed": _SEED,
+    "platform": one_of(("", "cpu", "gpu", "tpu")),
+    "folds": {
+        "scheme": one_of(("stratified", "loso")),
+        "group": one_of(("", "subject")),
+        "num": whole(2),
+        "seed": _SEED,
+    },
+    "study": {
+        "num_seeds": whole(1),
+        "first_seed": whole(0, 10**9),
+        "only_folds": several(whole(0), "numbers of folds, from 0, in a tuple"),
+        "num_inner": whole(0),
+        "num_candidates": whole(0),
+        "members_together": whole(0),
+        "epochs_per_call": whole(1),
+        "checkpoint_seconds": number(),
+        "compile_cache": TEXT,
+    },
+    "train": {
+        "epochs": whole(1),
+        "batch_size": whole(1),
+        "optimiser": one_of(OPTIMISERS),
+        "schedule": one_of(SCHEDULES),
+        "learning_rate": number(),
+        "warmup_fraction": _RATE,
+        "weight_decay": number(),
+        "dropout": _RATE,
+        "feature_dropout": _RATE,
+        "loss": one_of(("bce", "focal")),
+        "focal_gamma": number(),
+        "class_weights": one_of(("none", "balanced")),
+        "patience": whole(0),
+    },
+    "grid": {name: numbers(0, 1) if "dropout" in name else numbers() for name in HYPER_NAMES},
+    "search": dict.fromkeys(HYPER_NAMES, Kind(lambda value: isinstance(value, tuple | list), RANGES)),
+    "evaluation": SECTION,
+    "report": {"pictures": one_of(("demo", "always", "never"))},
+    "data": SECTION,
+}
+"""The fields of :func:`base_config`. Those of its evaluation and data are checked where they are used."""
+
+
 def validate(config: ConfigDict) -> None:
     """Checks the values of the shared fields.
 
@@ -97,63 +145,13 @@ def validate(config: ConfigDict) -> None:
     Raises:
         UserError: Naming the field, its value and what it can be.
     """
-    choices = {
-        "platform": ("", "cpu", "gpu", "tpu"),
-        "folds.scheme": ("stratified", "loso"),
-        "folds.group": ("", "subject"),
-        "train.loss": ("bce", "focal"),
-        "train.class_weights": ("none", "balanced"),
-        "train.optimiser": OPTIMISERS,
-        "train.schedule": SCHEDULES,
-        "report.pictures": ("demo", "always", "never"),
-    }
-    for field, allowed in choices.items():
-        _require(
-            config,
-            field,
-            lambda value, allowed=allowed: value in allowed,
-            f"one of {', '.join(map(repr, allowed))}",
-        )
-    for field, least in {
-        "folds.num": 2,
-        "study.num_seeds": 1,
-        "study.first_seed": 0,
-        "study.num_inner": 0,
-        "study.members_together": 0,
-        "study.epochs_per_call": 1,
-        "train.epochs": 1,
-        "train.batch_size": 1,
-        "train.patience": 0,
-    }.items():
-        _require(config, field, lambda value, least=least: value >= least, f"at least {least}")
-    _require(config, "study.num_inner", lambda value: value != 1, "0 or at least 2 (one part would be all of it)")
-    for field in ("train.dropout", "train.feature_dropout", "train.warmup_fraction"):
-        _require(config, field, lambda value: 0 <= value < 1, "in [0, 1)")
-    for field in (
-        "train.learning_rate",
-        "train.weight_decay",
-        "train.focal_gamma",
-        "study.checkpoint_seconds",
-    ):
-        _require(config, field, lambda value: value >= 0 and math.isfinite(value), "a number of at least 0")
-    for field in HYPER_NAMES:
-        least, most = 0, 1 if "dropout" in field else math.inf
-        _require(
-            config,
-            f"grid.{field}",
-            lambda values, least=least, most=most: all(_is_number(v) and least <= v < most for v in values),
-            "numbers in [0, 1)" if most == 1 else "numbers of at least 0",
-        )
-    _require(
-        config,
-        "study.only_folds",
-        lambda values: all(isinstance(value, int) and value >= 0 for value in values),
-        "numbers of folds, from 0",
-    )
+    check_fields(config, "config", SHARED, _BEGIN, others=config)
+    if config.study.num_inner == 1:
+        raise UserError("config.study.num_inner=1: must be 0 or at least 2 (one part would be all of it)")
     validate_search(config)
     if config.train.loss != "focal" and (len(config.grid.focal_gamma) or len(config.search.focal_gamma)):
         raise UserError("config.train.loss='bce' has no focal_gamma to try: set config.train.loss to 'focal'")
-    resolve_evaluation(config.evaluation.to_dict())
+    evaluation = resolve_evaluation(config.evaluation.to_dict())
     if config.study.num_inner == 0:
         if config.train.patience:
             raise UserError(
@@ -162,25 +160,11 @@ def validate(config: ConfigDict) -> None:
             )
         if any(len(values) > 1 for values in config.grid.values()):
             raise UserError("config.grid is chosen from on inner splits: set config.study.num_inner to 2 or more")
-        if config.evaluation.thresholds in TUNED_MODES:
+        if evaluation["thresholds"] in TUNED_MODES:
             raise UserError(
-                f"config.evaluation.thresholds={config.evaluation.thresholds!r} is tuned on inner splits: set "
+                f"config.evaluation.thresholds={evaluation['thresholds']!r} is tuned on inner splits: set "
                 "config.study.num_inner to 2 or more, or thresholds to 'fixed'"
             )
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
-
-
-def _require(config: ConfigDict, field: str, holds, wanted: str) -> None:
-    value: Any = config
-    for part in field.split("."):
-        if part not in value:
-            raise UserError(f"config.{field} is missing; begin a config with mer_jax.study.config.base_config()")
-        value = value[part]
-    if not holds(value):
-        raise UserError(f"config.{field}={value!r}: must be {wanted}")
 
 
 def flatten(config: Mapping, prefix: str = "") -> dict[str, Any]:

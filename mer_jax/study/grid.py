@@ -23,7 +23,8 @@ from mer_jax.study.grid_rows import GRID_FILENAME, MODALITIES, Row, make_rows, r
 from mer_jax.study.hosts import Group
 from mer_jax.study.results import FILENAME
 from mer_jax.study.summary import write_summary
-from mer_jax.study.train import _load_maps, _show_clips, refuse_busy, say, shuffle_labels, train_study, validate_study
+from mer_jax.study.train import _load_maps, _show_clips, refuse_busy, say, shuffle_labels, train_study
+from mer_jax.study.validation import validate_study
 from mer_jax.study.workdir import check_data, check_workdir, start_workdir
 
 _REPORT = "report.html"
@@ -110,11 +111,8 @@ def _train_along(config: ConfigDict, workdir: Path, group: Group) -> int:
 
 
 def _validate(config: ConfigDict) -> None:
-    cross = config.cross
-    fusions = tuple(cross.fusions)
-    if not fusions or len(set(fusions)) < len(fusions) or not set(fusions) <= set(FUSIONS):
-        raise UserError(f"config.cross.fusions={fusions}: must be some of {', '.join(map(repr, FUSIONS))}, each once")
-    named = [name for modality in MODALITIES for name in cross[modality]]
+    validate_study(config)
+    named = [name for modality in MODALITIES for name in config.cross[modality]]
     twice = next((name for name in named if named.count(name) > 1), None)
     if twice:
         raise UserError(f"config.cross names the features {twice!r} twice; name them once, in one modality")

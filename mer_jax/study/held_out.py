@@ -16,6 +16,7 @@ from mer_jax.errors import UserError
 from mer_jax.evaluation import metrics, thresholds
 from mer_jax.evaluation.released import NEGATIVE, POSITIVE, exclude_positive
 from mer_jax.evaluation.views import PHASE_RULES, VIEW_RULES, combine_samples
+from mer_jax.fields import MANY
 from mer_jax.study.results import UNKNOWN_LABEL, StudyResults
 
 DEFAULTS: dict[str, Any] = {
@@ -91,12 +92,12 @@ def resolve_evaluation(
     if resolved["negative_excludes_positive"] and labels is not None:
         pair = not multi_class and {NEGATIVE, POSITIVE} <= set(labels)
         require(pair, "negative_excludes_positive", f"false where {NEGATIVE} and {POSITIVE} are not two labels")
-    require(resolved["selection"] in SELECTIONS, "selection", f"one of {', '.join(SELECTIONS)}")
+    require(resolved["selection"] in tuple(SELECTIONS), "selection", f"one of {', '.join(SELECTIONS)}")
     replicates = resolved["bootstrap"]
     require(
-        isinstance(replicates, numbers.Integral) and replicates >= 100,
+        isinstance(replicates, numbers.Integral) and 100 <= replicates <= MANY,
         "bootstrap",
-        "an integer of at least 100",
+        f"an integer from 100 to {MANY}",
     )
     confidence = resolved["confidence"]
     require(isinstance(confidence, numbers.Real) and 0 < confidence < 1, "confidence", "a number between 0 and 1")

@@ -15,7 +15,7 @@ from ml_collections import ConfigDict
 
 from mer_jax.errors import UserError
 from mer_jax.extractors.pt_files import load_state_dict
-from mer_jax.files import atomic_write_text, exclusive
+from mer_jax.files import atomic_write_text, exclusive, read_json
 from mer_jax.models.registry import build_learner
 from mer_jax.models.torch_weights import flax_variables
 from mer_jax.study import engine
@@ -24,7 +24,8 @@ from mer_jax.study.config import validate
 from mer_jax.study.devices import select_devices
 from mer_jax.study.results import FILENAME, OK, StudyResults
 from mer_jax.study.summary import write_summary
-from mer_jax.study.train import Plan, input_channels, load_data, make_plan, planned_fields
+from mer_jax.study.train import Plan, load_data, make_plan, planned_fields
+from mer_jax.study.validation import input_channels, validate_study
 from mer_jax.study.workdir import check_data, check_workdir, start_workdir, write_tables
 
 SUFFIX = ".pth"
@@ -63,6 +64,7 @@ def import_study(
     Raises:
         UserError: The config, the data or the files do not fit each other; the message names which.
     """
+    validate_study(config)
     workdir = Path(workdir)
     # One member a fold, which has seen all of the training fold.
     config.study.update(num_seeds=1, first_seed=0, num_inner=0, only_folds=())
@@ -169,7 +171,7 @@ def _check_record(workdir: Path, record: Mapping) -> None:
     """Lets a folder hold one set of weights only."""
     path = workdir / _RECORD
     if path.is_file():
-        if json.loads(path.read_text()) != record:
+        if read_json(path, "choose another --workdir, or delete this one to start afresh") != record:
             raise UserError(f"{workdir} holds a study of other weights; choose another --workdir")
     elif (workdir / FILENAME).is_file():
         raise UserError(f"{workdir} holds a study that was trained; choose another --workdir")

@@ -23,7 +23,7 @@ NOT_MERGED = "xla_none"
 
 def choose_loops(config: ConfigDict) -> None:
     """Asks XLA for merged loops where the model of a config gains from them, in a process for this training alone."""
-    if config.get("model", {}).get("name") not in CONVOLUTIONAL:  # a field that is missing is told of later
+    if config.model.name not in CONVOLUTIONAL:
         merge_loops()
 
 

@@ -3,14 +3,12 @@
 import dataclasses
 import os
 import re
-import zipfile
-import zlib
 from pathlib import Path
 
 import numpy as np
 
 from mer_jax.errors import UserError
-from mer_jax.files import atomic_savez
+from mer_jax.files import atomic_savez, read_arrays
 from mer_jax.study.data import MULTI_CLASS, MULTI_LABEL
 from mer_jax.study.grid_rows import is_grid
 
@@ -196,12 +194,7 @@ class StudyResults:
             raise UserError(f"{path.parent} holds a grid of studies; name the folder of one of its rows")
         if not path.is_file():
             raise UserError(f"{path}: not found; train the study first (scripts/train.py --workdir={path.parent})")
-        try:
-            # NumPy leaves a file that it opened itself open when it is no archive.
-            with path.open("rb") as stream, np.load(stream, allow_pickle=False) as archive:
-                arrays = {name: archive[name] for name in archive.files}
-        except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
-            raise UserError(f"{path}: cannot be read ({error}); delete it and run scripts/train.py again") from error
+        arrays = read_arrays(path, "delete it and run scripts/train.py again")
         missing = sorted(set(_FIELDS) - set(arrays))
         if missing:
             raise UserError(f"{path}: lacks {', '.join(missing)}; written by another version, train the study again")

@@ -14,12 +14,14 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from mer_jax.errors import UserError
+from mer_jax.fields import is_number
 from mer_jax.study.members import HYPER_NAMES
 
 UNIFORM = "uniform"
 LOG_UNIFORM = "log_uniform"
 CHOICE = "choice"
 KINDS = (UNIFORM, LOG_UNIFORM, CHOICE)
+RANGES = "('uniform', low, high), ('log_uniform', low, high) or ('choice', first, second, ...)"
 # A value is what its table shows: draws are rounded to so many significant digits.
 _DIGITS = 4
 # Draws a candidate before ranges count as used up.
@@ -70,9 +72,9 @@ def _validate_range(name: str, values: Sequence) -> None:
         if not holds:
             raise UserError(f"config.search.{name}={values!r}: must be {wanted}")
 
-    require(kind in KINDS, "('uniform', low, high), ('log_uniform', low, high) or ('choice', first, second, ...)")
+    require(kind in KINDS, RANGES)
     require(
-        all(isinstance(v, int | float) and not isinstance(v, bool) and 0 <= v < most and v < math.inf for v in numbers),
+        all(is_number(v) and 0 <= v < most for v in numbers),
         f"{kind!r} and numbers {allowed}",
     )
     if kind == CHOICE:

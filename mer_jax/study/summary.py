@@ -18,7 +18,7 @@ import numpy as np
 
 from mer_jax.errors import UserError
 from mer_jax.evaluation import metrics, statistics, thresholds
-from mer_jax.files import atomic_write_text
+from mer_jax.files import atomic_write_text, read_json
 from mer_jax.study.held_out import HeldOut, StudyMembers, clip_probabilities, decide, resolve_evaluation
 from mer_jax.study.results import TEST, StudyResults
 from mer_jax.study.scorer import Scorer, sd_over_seeds
@@ -579,14 +579,7 @@ def read_evaluation(workdir: str | os.PathLike) -> dict[str, Any]:
         UserError: The file is missing or not JSON.
     """
     path = Path(workdir) / CONFIG_FILENAME
-    try:
-        config = json.loads(path.read_text())
-    except OSError as error:
-        raise UserError(
-            f"{path}: cannot be read ({error.strerror}); give the folder that scripts/train.py wrote"
-        ) from error
-    except ValueError as error:
-        raise UserError(f"{path}: not valid JSON ({error}); run scripts/train.py again to rewrite it") from error
+    config = read_json(path, "give a folder as scripts/train.py wrote it, or put a copy of this file back")
     return dict(config.get("evaluation") or {})
 
 

@@ -21,19 +21,22 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from mer_jax.clips.flow import CHANNELS
 from mer_jax.errors import EXIT_USER_ERROR, UserError
-from mer_jax.files import TEMPORARY_SUFFIX, atomic_savez, atomic_write_bytes, atomic_write_text, exclusive
+from mer_jax.files import (
+    TEMPORARY_SUFFIX,
+    atomic_savez,
+    atomic_write_bytes,
+    atomic_write_text,
+    exclusive,
+    read_arrays,
+    read_json,
+)
 from mer_jax.models.registry import Learner, build_learner
 from mer_jax.progress import Silent, progress
 from mer_jax.study import engine, shown
 from mer_jax.study.checkpoints import BlockCheckpoints, save_tree
-from mer_jax.study.config import validate
 from mer_jax.study.data import (
-    FLOW_NORMALISATIONS,
     MULTI_CLASS,
-    NORMALISATIONS,
-    REFERENCES,
     FeatureMap,
     StudyData,
     load_dataset,
@@ -51,6 +54,7 @@ from mer_jax.study.places import Places, over_parts
 from mer_jax.study.results import FILENAME, StudyResults
 from mer_jax.study.search import draw_candidates
 from mer_jax.study.summary import write_summary
+from mer_jax.study.validation import input_channels, uses_flow, validate_study
 from mer_jax.study.workdir import check_data, check_workdir, start_workdir, write_tables
 
 # On a CPU members take turns: one alone keeps its state in the cache. Small blocks keep all cores busy to the end.
@@ -66,7 +70,6 @@ _SHARED_SECONDS = 90.0
 _WORTH_COMPILING = 0.1
 _MAPS = "feature_maps.npz"
 _BLOCKS = "blocks.json"
-PHASES = ("onset_apex", "apex_offset")
 _HISTORY = ("train_loss", "inner_loss", "heldout_loss")
 
 
@@ -212,61 +215,6 @@ _programs = functools.lru_cache(maxsize=8)(engine.make_programs)
 def refuse_busy(workdir: Path) -> None:
     """Refuses a folder in which another process is training."""
     raise UserError(f"{workdir}: another process is training there; wait for it, or choose another --workdir")
-
-
-def uses_flow(config: ConfigDict) -> bool:
-    """Whether a study's samples are flow fields rather than features of frames."""
-    return "channels" in config.data
-
-
-def input_channels(config: ConfigDict) -> tuple[str, ...]:
-    """What the model fuses, in order: channels of flow, or modalities of features."""
-    return tuple(config.data.channels if uses_flow(config) else config.data.modalities)
-
-
-def validate_study(config: ConfigDict) -> None:
-    """Checks the values of a study's fields.
-
-    Raises:
-        UserError: Naming the field, its value and what it can be.
-    """
-    validate(config)
-    if uses_flow(config):
-        _validate_flow(config)
-        return
-    if not len(config.data.modalities):
-        raise UserError("config.data.modalities is empty; name at least one modality and its extractor")
-    for modality, step in config.data.modalities.items():
-        for field, allowed in (("reference", REFERENCES), ("normalise", NORMALISATIONS)):
-            if step[field] not in allowed:
-                raise UserError(
-                    f"config.data.modalities.{modality}.{field}={step[field]!r}: must be one of "
-                    f"{', '.join(map(repr, allowed))}"
-                )
-        if step["reduce"] < 0:
-            raise UserError(f"config.data.modalities.{modality}.reduce={step['reduce']}: must be at least 0")
-    if config.data.num_frames < 1:
-        raise UserError(f"config.data.num_frames={config.data.num_frames}: must be at least 1")
-    if config.data.short not in ("repeat", "mask"):
-        raise UserError(f"config.data.short={config.data.short!r}: must be one of 'repeat', 'mask'")
-
-
-def _validate_flow(config: ConfigDict) -> None:
-    data = config.data
-    for field, allowed in (("channels", CHANNELS), ("phases", PHASES)):
-        chosen = tuple(data[field])
-        if not chosen or len(set(chosen)) < len(chosen) or not set(chosen) <= set(allowed):
-            raise UserError(f"config.data.{field}={chosen}: must be some of {', '.join(map(repr, allowed))}, each once")
-    if data.normalise not in FLOW_NORMALISATIONS:
-        raise UserError(
-            f"config.data.normalise={data.normalise!r}: must be one of {', '.join(map(repr, FLOW_NORMALISATIONS))}"
-        )
-    if data.size < 0:
-        raise UserError(f"config.data.size={data.size}: must be at least 1, or 0 for the size that is stored")
-    if not 0 <= data.flip <= 1:
-        raise UserError(f"config.data.flip={data.flip}: must be in [0, 1]")
-    if data.shift < 0:
-        raise UserError(f"config.data.shift={data.shift}: must be at least 0")
 
 
 def say(text: str) -> None:
@@ -524,7 +472,10 @@ def _settled_block_size(workdir: Path, chosen: int | None, platform: str) -> int
     if chosen is not None and not path.is_file():
         settled = {"members_together": chosen, "platform": platform, "merged_loops": merged}
         atomic_write_text(path, json.dumps(settled) + "\n")
-    settled = json.loads(path.read_text())
+    again = "delete it and run the same command again, which settles it anew"
+    settled = read_json(path, again)
+    if not isinstance(settled.get("members_together"), int) or "platform" not in settled:
+        raise UserError(f"{path}: lacks members_together or platform; {again}")
     if settled["platform"] != platform:
         raise UserError(
             f"{workdir} holds a study that began on {settled['platform']} and would go on on {platform}; set "
@@ -880,8 +831,10 @@ def _all_metrics(workdir: Path) -> list[Path]:
 def _metrics_until(paths: Sequence[Path], epochs: Mapping[str, int]) -> list[str]:
     """Lines of members up to their epoch in ``epochs`` (all of them, without one); a line that was cut short is out."""
     kept = []
-    for line in itertools.chain.from_iterable(path.read_text().splitlines(keepends=True) for path in paths):
-        with contextlib.suppress(ValueError):
+    for line in itertools.chain.from_iterable(
+        path.read_text(errors="replace").splitlines(keepends=True) for path in paths
+    ):
+        with contextlib.suppress(ValueError, TypeError, KeyError):
             row = json.loads(line)
             if row["epoch"] <= epochs.get(row["member"], row["epoch"]):
                 kept.append(line)
@@ -961,19 +914,21 @@ def _load_maps(workdir: Path) -> dict[str, list[FeatureMap]]:
     if not path.is_file():
         return {}
     fields: dict[str, dict[int, dict[str, np.ndarray]]] = {}
-    with np.load(path) as archive:
-        for key in archive.files:
-            modality, fold, field = key.rsplit("/", 2)
-            fields.setdefault(modality, {}).setdefault(int(fold), {"projection": None})[field] = archive[key]
+    again = "delete it and run the same command again, which fits it anew"
+    for key, values in read_arrays(path, again).items():
+        modality, fold, field = key.rsplit("/", 2)
+        fields.setdefault(modality, {}).setdefault(int(fold), {"projection": None})[field] = values
     return {modality: [FeatureMap(**folds[fold]) for fold in range(len(folds))] for modality, folds in fields.items()}
 
 
 def _assemble(workdir: Path, plan: Plan, blocks: Sequence[range], learner: Learner) -> None:
     """Joins the blocks into ``predictions.npz`` and ``metrics.jsonl``, members in the study's order."""
     parts = []
-    for number in range(len(blocks)):
-        with np.load(block_path(workdir, number)) as archive:
-            parts.append({name: archive[name] for name in archive.files})
+    for number, rows in enumerate(blocks):
+        path, again = block_path(workdir, number), "delete it and run the same command again, which trains its members"
+        parts.append(read_arrays(path, again))
+        if len(parts[-1]["probabilities"]) != len(rows):
+            raise UserError(f"{path}: is not of the {len(rows)} members that it should be of; {again}")
     joined = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
     members = plan.members
     watched = np.stack([np.asarray(member.watched) for member in plan.inputs])

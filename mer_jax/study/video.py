@@ -1,7 +1,6 @@
 """A video of one's own through a trained study: from the file to probabilities and a picture."""
 
 import dataclasses
-import json
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -18,6 +17,8 @@ from mer_jax.clips.flow import FlowConfig, dense_flow, flow_channels, resize_flo
 from mer_jax.clips.resample import resample_indices
 from mer_jax.clips.video import MIN_FRAMES, Stretch, choose_stretch, read_video
 from mer_jax.errors import UserError
+from mer_jax.fields import SECTION, check_fields
+from mer_jax.files import read_json
 from mer_jax.models.registry import build_learner
 from mer_jax.report.flow_picture import FlowPicture, save_picture
 from mer_jax.study import engine
@@ -26,7 +27,8 @@ from mer_jax.study.data import StudyData, prepare_features, prepare_flow
 from mer_jax.study.predict import Predictions, predict
 from mer_jax.study.results import APEX_OFFSET, NO_FOLD, ONSET_APEX, PHASES, TEST, UNKNOWN_LABEL, StudyResults
 from mer_jax.study.summary import read_evaluation
-from mer_jax.study.train import _load_maps, input_channels, uses_flow
+from mer_jax.study.train import _load_maps
+from mer_jax.study.validation import input_channels, uses_flow
 
 _PHASE_NAMES = {ONSET_APEX: "onset to apex", APEX_OFFSET: "apex to offset"}
 # Side at which the picture shows frames, where they hold so much.
@@ -123,11 +125,10 @@ def read_config(workdir: str | os.PathLike) -> ConfigDict:
     Raises:
         UserError: It is missing or cannot be read.
     """
-    path = Path(workdir) / "config.json"
-    try:
-        return ConfigDict(json.loads(path.read_text()))
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path}: cannot be read ({error}); train the study again") from error
+    path, remedy = Path(workdir) / "config.json", "give a folder as scripts/train.py wrote it"
+    config = ConfigDict(read_json(path, remedy))
+    check_fields(config, f"{path}: config", {"data": SECTION, "model": SECTION}, remedy, others=config)
+    return config
 
 
 def look_at_video(
@@ -462,10 +463,9 @@ def _members_say(
 def _blocks(workdir: Path, count: int) -> list[range]:
     """Which members each block of parameters holds."""
     path = workdir / "blocks.json"
-    try:
-        size = int(json.loads(path.read_text())["members_together"])
-    except (OSError, ValueError, KeyError) as error:
-        raise UserError(f"{path}: cannot be read ({error}); train the study again") from error
+    size = read_json(path, "train the study again").get("members_together")
+    if not isinstance(size, int) or size < 1:
+        raise UserError(f"{path}: members_together is {size!r}, no number; train the study again")
     return [range(start, min(start + size, count)) for start in range(0, count, size)]
 
 

@@ -15,7 +15,7 @@ from ml_collections import ConfigDict
 
 import mer_jax
 from mer_jax.errors import UserError
-from mer_jax.files import LOCK_NAME, TEMPORARY_SUFFIX, atomic_write_text
+from mer_jax.files import LOCK_NAME, TEMPORARY_SUFFIX, atomic_write_text, read_json
 from mer_jax.study.config import NEUTRAL_FIELDS, refuse_other_config, to_json
 from mer_jax.study.data import StudyData
 from mer_jax.study.members import Member
@@ -38,10 +38,7 @@ def check_workdir(config: ConfigDict, workdir: Path) -> None:
     """
     path = workdir / "config.json"
     if path.is_file():
-        try:
-            earlier = json.loads(path.read_text())
-        except (OSError, ValueError) as error:
-            raise UserError(f"{path}: cannot be read ({error}); delete {workdir} to start afresh") from error
+        earlier = read_json(path, f"put a copy of it back, or delete {workdir} to start afresh")
         refuse_other_config(config, earlier, str(workdir))
         return
     try:
@@ -121,7 +118,8 @@ def check_data(workdir: Path, data: StudyData) -> None:
     found = {"sha256": digest.hexdigest(), "clips": len(data.clip_name), "samples": len(data.sample_clip)}
     path = workdir / "data.json"
     if path.is_file():
-        if json.loads(path.read_text()) == found:
+        again = "delete it if the data set is still the one that this run began with, and run the same command again"
+        if read_json(path, again) == found:
             return
         raise UserError(
             f"{workdir} holds a study of other data (the data set's features, labels or clips have changed since); "

@@ -247,6 +247,52 @@ def test_a_wrong_command_line_is_one_line(door, arguments, message):
     assert message in done.error and len(done.stderr.splitlines()) == 1 and done.stdout == ""
 
 
+_BASE = "from mer_jax.study.config import base_config\n"
+
+
+@pytest.mark.parametrize(
+    "text, argument, message",
+    [
+        ("x = 1\n", "", "own.py: has no get_config(); write one"),
+        ("def get_config(:\n", "", "own.py, line 1: SyntaxError: invalid syntax"),
+        ("import nothing_like_it\n", "", "own.py, line 1: ModuleNotFoundError: No module named 'nothing_like_it'"),
+        ("def get_config():\n    pass\n", "", "own.py: get_config() gives NoneType instead of a ConfigDict"),
+        ("def get_config():\n    return {}['a']\n", "", "own.py, line 2: KeyError: a; correct the file"),
+        ("def get_config():\n    raise ValueError('two\\nlines')\n", "", "own.py, line 2: ValueError: two lines; "),
+        ("def get_config(a, b):\n    pass\n", "", "own.py: get_config() gets its argument from --config=own.py:ARGU"),
+        ("def get_config():\n    pass\n", ":big", "own.py: get_config() is called with 'big', which does not fit ("),
+        (_BASE + "get_config = base_config\n", "", "config.name is missing; begin a config with get_config() of a fi"),
+        (
+            _BASE + "def get_config():\n    c = base_config()\n    c.train.epochs = 'x'\n    return c\n",
+            "",
+            "own.py, line 4: TypeError: Could not override field 'epochs'",
+        ),
+    ],
+)
+def test_what_is_wrong_in_a_config_file_is_one_line(door, tmp_path, text, argument, message):
+    (tmp_path / "own.py").write_text(text)
+    done = door("train.py", f"--config=own.py{argument}").end()
+    assert done.error.startswith(f"error: {message}") and len(done.stderr.splitlines()) == 1 and done.stdout == ""
+    assert [path.name for path in tmp_path.iterdir() if path.name != "__pycache__"] == ["own.py"]
+
+
+@pytest.mark.parametrize(
+    "name, content, message",
+    [
+        ("blocks.json", b"{", "blocks.json: cannot be read (Expecting"),
+        ("blocks.json", b"{}", "blocks.json: lacks members_together or platform; delete it"),
+        ("data.json", b"\xff", "data.json: cannot be read ('utf-8' codec"),
+        ("config.json", b"[]", "config.json: cannot be read (no JSON object); put a copy of it back, or delete"),
+        ("feature_maps.npz", b"PK", "feature_maps.npz: cannot be read (no whole .npz archive); delete it and run"),
+    ],
+)
+def test_a_damaged_file_of_an_unfinished_run_is_named_with_what_to_do(challenge, copy, told, name, content, message):
+    (copy / "predictions.npz").unlink()
+    (copy / name).write_bytes(content)
+    assert message in told(challenge.overrides, "copy")
+    assert (copy / name).read_bytes() == content and any((copy / "params").iterdir())
+
+
 def test_an_absent_accelerator_is_one_line(challenge, train, told, tmp_path):
     line = told(challenge.overrides | {"platform": "gpu"})
     assert "config.platform='gpu': no such device on this machine" in line and "config.platform='cpu'" in line

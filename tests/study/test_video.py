@@ -26,7 +26,8 @@ from mer_jax.study.imported import _write
 from mer_jax.study.predict import predict
 from mer_jax.study.results import FILENAME, StudyResults
 from mer_jax.study.summary import read_evaluation
-from mer_jax.study.train import _save_maps, input_channels, make_plan
+from mer_jax.study.train import _save_maps, make_plan
+from mer_jax.study.validation import input_channels
 from mer_jax.study.video import look_at_video, predict_video, read_config, run_study
 from mer_jax.study.workdir import start_workdir
 
