@@ -104,6 +104,7 @@ def parse_config_flags(argv: list[str]) -> list[str]:
     Returns:
         What is left of it, as ``absl`` does.
     """
+    logging.set_verbosity(logging.ERROR)  # what ml_collections warns of is an error here
     try:
         return flags.FLAGS(argv)
     except (AttributeError, KeyError) as error:

@@ -124,7 +124,7 @@ def read_arrays(path: str | os.PathLike, remedy: str) -> dict[str, np.ndarray]:
         # NumPy leaves a file that it opened itself open when it is no archive.
         with open(path, "rb") as stream, np.load(stream, allow_pickle=False) as archive:
             return {name: archive[name] for name in archive.files}
-    except (ValueError, EOFError, AttributeError, NotImplementedError, zipfile.BadZipFile, zlib.error) as error:
+    except (ValueError, EOFError, TypeError, NotImplementedError, zipfile.BadZipFile, zlib.error) as error:
         # NumPy takes what is no archive for a pickle, and tells how to load that.
         raise UserError(f"{path}: cannot be read (no whole .npz archive); {remedy}") from error
     except OSError as error:
