@@ -37,17 +37,17 @@ def check_workdir(config: ConfigDict, workdir: Path) -> None:
         UserError: The folder holds a run of another config, or cannot be used.
     """
     path = workdir / "config.json"
-    if path.is_file():
-        earlier = read_json(path, f"put a copy of it back, or delete {workdir} to start afresh")
-        refuse_other_config(config, earlier, str(workdir))
-        return
     try:
-        workdir.mkdir(parents=True, exist_ok=True)
-        strangers = [entry.name for entry in workdir.iterdir() if not _is_of_a_start(entry.name)]
+        if not path.is_file():
+            workdir.mkdir(parents=True, exist_ok=True)
+            strangers = [entry.name for entry in workdir.iterdir() if not _is_of_a_start(entry.name)]
+            if strangers:
+                raise UserError(f"{workdir} is not empty and holds no study; choose another --workdir")
+            return
     except OSError as error:
         raise UserError(f"{workdir}: cannot be used ({error.strerror}); choose another --workdir") from error
-    if strangers:
-        raise UserError(f"{workdir} is not empty and holds no study; choose another --workdir")
+    earlier = read_json(path, f"put a copy of it back, or delete {workdir} to start afresh")
+    refuse_other_config(config, earlier, str(workdir))
 
 
 def _is_of_a_start(name: str) -> bool:

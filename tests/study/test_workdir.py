@@ -75,6 +75,8 @@ def test_folders_of_other_things_and_damaged_ones_are_refused(config, tmp_path):
     (tmp_path / "config.json").write_text("{")
     with pytest.raises(UserError, match=r"config.json: cannot be read .*delete .* to start afresh"):
         check_workdir(config, tmp_path)
+    with pytest.raises(UserError, match=r"cannot be used \(File name too long\); choose another --workdir"):
+        check_workdir(config, tmp_path / ("a" * 300))
 
 
 def test_other_data_are_refused(tmp_path, data):
