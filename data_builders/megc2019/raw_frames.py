@@ -302,7 +302,8 @@ def _find_sheet(database: str, root: Path, top: Path) -> Path:
         path.resolve()
         for folder in places
         for path in folder.glob("*.xlsx")
-        if re.sub(r"[^a-z0-9]", "", path.stem.lower()).startswith(start)
+        # Spreadsheet programs and file systems leave such beside a sheet.
+        if not path.name.startswith((".", "~$")) and re.sub(r"[^a-z0-9]", "", path.stem.lower()).startswith(start)
     }
     if len(found) != 1:
         several = f"several coding sheets ({some(sorted(path.name for path in found))})" if found else "no coding sheet"

@@ -59,6 +59,28 @@ def test_the_high_speed_part_of_smic_is_taken(raw):
         read_raw({"smic": raw.root / "SMIC"})
 
 
+def test_the_clips_of_casme2_that_the_challenge_left_out(raw, raw_made):
+    # By the challenge's own list of 442 clips, against the sheet of 2019.
+    left_out = [(4, "EP12_01f", "disgust"), (5, "EP09_05f", "disgust"), (24, "EP07_01", "surprise"),
+                (24, "EP07_04f", "surprise"), (24, "EP10_03", "surprise")]  # fmt: skip
+    kept = [(5, "EP12_03f", "surprise"), (24, "EP18_03", "surprise")]
+    rows = [raw_made.casme2_row(subject, name, 1, 3, 5, emotion) for subject, name, emotion in left_out + kept]
+    for subject, name, *_ in rows:
+        folder = raw.casme2 / "Cropped" / f"sub{subject:02d}" / name
+        shutil.rmtree(folder, ignore_errors=True)
+        raw_made.write_frames(folder, [f"reg_img{number}.jpg" for number in range(1, 6)], range(5))
+    raw_made.write_sheet(raw.casme2_sheet, raw_made.casme2_header, rows)
+    clips, notes = read_raw({"casme2": raw.casme2})
+    assert [clip.name for clip in clips] == ["sub05_EP12_03f", "sub24_EP18_03"]
+    assert notes[0] == "casme2: 5 clips left out as the challenge does: 5 by name"
+
+
+@pytest.mark.parametrize("name", ["~$CASME2-coding-20140508.xlsx", "._CASME2-coding-20140508.xlsx"])
+def test_what_programs_leave_beside_a_sheet_is_no_sheet(raw, name):
+    (raw.casme2 / name).write_bytes(b"a lock")
+    assert len(read_raw({"casme2": raw.casme2})[0]) == 3
+
+
 def test_columns_stand_where_they_like(raw, raw_made):
     rows = [(None, "Happiness", "103", "011_1_1", "99", 11.0, "95")]
     header = ("x", "estimated emotion", "OFFSET FRAME", "FileName", "Apex  Frame", "subject", "Onset_Frame")
