@@ -39,6 +39,7 @@ _STORAGES = {
     "BoolStorage": np.dtype("?"),
 }
 _TORCH_DTYPES = ("float64", "float32", "float16", "bfloat16", "int64", "int32", "int16", "int8", "uint8", "bool")
+_PATHS = ("PosixPath", "PurePosixPath", "WindowsPath", "PureWindowsPath")
 _LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
 _LEGACY_PROTOCOL = 1001
 
@@ -56,8 +57,8 @@ def read_pt(path: str | os.PathLike) -> Any:
     Returns:
         The same structure with a NumPy array for each tensor: same shape, same bits, C-contiguous, writable;
         bfloat16 as ``ml_dtypes.bfloat16``. Tensors that share all of their elements in the file share them here.
-        Parameters become arrays; ordered dicts, counters and ``argparse.Namespace`` become dicts; ``torch.dtype`` and
-        ``torch.device`` become their names.
+        Parameters become arrays; ordered dicts, counters and ``argparse.Namespace`` become dicts; ``torch.dtype``,
+        ``torch.device`` and paths become text.
 
     Raises:
         UserError: The file is missing, damaged, no ``torch.save`` file, or asks for anything but tensors.
@@ -357,6 +358,17 @@ def _device(*parts) -> str:
     return ":".join(map(str, parts))
 
 
+def _path(*parts) -> str:
+    return "/".join(map(str, parts)).replace("//", "/")
+
+
+def _bytearray(content=b"", *encoding) -> bytearray:
+    # A number would ask for as many bytes.
+    if encoding not in ((), ("latin-1",)) or not isinstance(content, str if encoding else bytes):
+        raise _Damaged("bytes of unknown content")
+    return bytearray(content, *encoding)
+
+
 def _latin1(text, encoding) -> bytes:
     """How bytes are written in the pickle protocol of torch.save."""
     if not isinstance(text, str) or encoding != "latin1":
@@ -372,6 +384,7 @@ class _TensorUnpickler(_Vocabulary):
             ("torch._utils", "_rebuild_tensor"): _Maker(_rebuild_tensor),
             ("torch._utils", "_rebuild_tensor_v2"): _Maker(_rebuild_tensor),
             ("torch._utils", "_rebuild_parameter"): _Maker(_rebuild_parameter),
+            ("torch._utils", "_rebuild_parameter_with_state"): _Maker(_rebuild_parameter),
             ("torch", "Size"): _Maker(tuple),
             **{("torch", name): _StorageType(dtype) for name, dtype in _STORAGES.items()},
             # Beside the weights: what a training run was told, and how far it came.
@@ -381,6 +394,18 @@ class _TensorUnpickler(_Vocabulary):
             ("torch", "device"): _Maker(_device),
             ("collections", "Counter"): _Maker(dict),
             ("argparse", "Namespace"): _Namespace,
+            **{("pathlib", name): _Maker(_path) for name in _PATHS},
+            # Protocol 2, which torch.save takes, knows these as names of Python 2.
+            **{
+                (module, name): _Maker(make)
+                for module in ("__builtin__", "builtins")
+                for name, make in (
+                    ("set", set),
+                    ("frozenset", frozenset),
+                    ("complex", complex),
+                    ("bytearray", _bytearray),
+                )
+            },
         }
     )
 
@@ -470,7 +495,7 @@ def _resolve(value: Any) -> Any:
         return value.name
     if isinstance(value, dict):
         return {_resolve(key): _resolve(item) for key, item in value.items()}
-    if type(value) in (list, tuple, set):
+    if type(value) in (list, tuple, set, frozenset):
         return type(value)(_resolve(item) for item in value)
     if isinstance(value, (_Storage, _StorageType)) or callable(value):
         raise _Damaged("something that is no tensor")

@@ -7,6 +7,7 @@ import pickle
 import warnings
 import zipfile
 from collections import Counter, OrderedDict
+from pathlib import PurePosixPath
 
 import numpy as np
 import pytest
@@ -93,11 +94,19 @@ def test_what_training_leaves_beside_weights(tmp_path, zipped):
         "metric": np.float32(0.5),
         "history": np.arange(6.0).reshape(2, 3),
         "weight": torch.ones(2),
+        "frozen": ({1, 2}, frozenset({"a"})),
+        "output": [PurePosixPath("/runs/a"), PurePosixPath("runs/b.pth")],
+        "plain": [2 + 3j, bytearray(b"ab"), b"cd"],
+        "marked": torch.nn.Parameter(torch.arange(3.0)),
     }
+    checkpoint["marked"].no_weight_decay = True
     torch.save(checkpoint, tmp_path / "c.pth", _use_new_zipfile_serialization=zipped)
     read = read_pt(tmp_path / "c.pth")
     assert read["args"] == {"teachers": teachers, "dtype": "bfloat16", "device": "cuda:1", "inner": {"lr": 1e-3}}
     assert read["milestones"] == {30: 1, 60: 1} and type(read["milestones"]) is dict
+    assert read["frozen"] == ({1, 2}, frozenset({"a"})) and read["output"] == ["/runs/a", "runs/b.pth"]
+    assert read["plain"] == [2 + 3j, bytearray(b"ab"), b"cd"]
+    np.testing.assert_array_equal(read["marked"], [0, 1, 2])
     assert read["metric"] == 0.5 and read["metric"].dtype == np.float32
     np.testing.assert_array_equal(read["history"], checkpoint["history"])
 
@@ -119,6 +128,7 @@ def test_weights_are_not_copied_and_views_do_not_share_memory(tmp_path):
         b"cargparse\nNamespace\n)\x81K\x03b.",  # attributes that are no dict
         b"cargparse\nNamespace\nK\x03\x85\x81.",  # arguments
         b"c_codecs\nencode\nX\x01\x00\x00\x00aX\x03\x00\x00\x00rot\x86R.",
+        b"cbuiltins\nbytearray\nJ\xff\xff\xff\x7f\x85R.",  # two gigabytes
     ],
 )
 def test_stand_ins_cannot_be_abused(tmp_path, stream):
