@@ -14,9 +14,10 @@ from pathlib import Path
 import numpy as np
 
 from data_builders.four_dme.preparation import sample_name, views_of
+from mer_jax.clips.frames import frame_order
 from mer_jax.clips.layouts import FRAME_SUFFIXES, Clip
 from mer_jax.errors import UserError
-from mer_jax.extractors.feature_files import frame_order, read_sample_features
+from mer_jax.extractors.feature_files import read_sample_features
 from mer_jax.extractors.networks import Network
 
 _FEATURES = {"appearance": "feat2d", "geometry": "feat3d"}

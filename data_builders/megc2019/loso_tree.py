@@ -92,7 +92,8 @@ def _clips_of(folder: Path) -> dict[str, tuple[int, Path]]:
         if of_class.name not in labels:
             raise UserError(f"{of_class}: folders of classes are called {', '.join(labels)}; rename or remove it")
         with os.scandir(of_class) as entries:
-            names = sorted(entry.name for entry in entries if entry.name.lower().endswith(".png"))
+            pictures = (entry.name for entry in entries if entry.name.lower().endswith(".png"))
+            names = sorted(name for name in pictures if not name.startswith("."))
         for name in names:
             stem = padded(name[:-4].strip())
             if stem in clips:

@@ -439,9 +439,8 @@ def _subjects_top(database: str, root: Path) -> Path:
             # The composite takes the high-speed camera of the three.
             tops = [folder for folder in tops if folder.name.lower() == "hs"] or tops
         if len(tops) > 1:
-            raise UserError(
-                f"{root}: frames of {database} in {some(folder.name for folder in tops)}; give one of these"
-            )
+            places = some(folder.relative_to(root) for folder in tops)
+            raise UserError(f"{root}: frames of {database} in {places}; give one of these")
         if tops:
             return tops[0]
         level = [inner for folder in level for inner in _folders(folder)]

@@ -1,9 +1,12 @@
 """Frames from image files."""
 
+import math
 import os
+import re
 import struct
 import zlib
 from collections.abc import Iterable, Iterator
+from pathlib import Path
 
 import numpy as np
 from PIL import Image, UnidentifiedImageError
@@ -53,6 +56,23 @@ def read_frame(path: str | os.PathLike) -> np.ndarray:
         raise UserError(
             f"{path}: cannot be read as an image ({reason}); restore the file from its source or remove its clip"
         ) from error
+
+
+def frame_order(path: str | os.PathLike) -> tuple:
+    """Key that sorts the files of a clip by time: by the first integer in the name, then by name.
+
+    Further integers in a name count by value, too: ``clip3_9.png`` comes before ``clip3_10.png``.
+
+    Args:
+        path: A file, one per frame; only its name counts.
+
+    Returns:
+        Something to compare; names without an integer come last.
+    """
+    name = Path(path).name
+    # Text and digits take turns, so that like is compared with like.
+    parts = [int(part) if turn % 2 else part for turn, part in enumerate(re.split(r"(\d+)", Path(path).stem))]
+    return (parts[1] if len(parts) > 1 else math.inf, parts, name)
 
 
 def read_frames(paths: Iterable[str | os.PathLike]) -> Iterator[np.ndarray]:

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from mer_jax.clips.frames import frame_order
 from mer_jax.errors import UserError
 
 LABELS = ("Negative", "Positive", "Repression", "Surprise", "Others")
@@ -72,9 +73,9 @@ def read_challenge(
 ) -> list[Clip]:
     """Reads the 4DMR challenge layout: a folder of two-view frames per sequence and one labels CSV.
 
-    Frames are ordered by the first integer in their name, then by name. A row of the CSV belongs to the
-    folder whose name is its Id or, where the Id is an integer, to the folder with that first integer in its
-    name. Labels of test clips are never read. Hidden files and folders are passed over.
+    Frames are ordered by the first integer in their name, then by name, whose further integers count by value. A row
+    of the CSV belongs to the folder whose name is its Id or, where the Id is an integer, to the folder with that first
+    integer in its name. Labels of test clips are never read. Hidden files and folders are passed over.
 
     Args:
         root: Holds ``train/<sequence>/`` and, if there are test clips, ``test/<sequence>/``. Without a
@@ -282,17 +283,16 @@ def _frame_files(folder: Path) -> list[Path]:
 
 
 def _ordered_frames(folder: Path, min_frames: int) -> tuple[Path, ...]:
-    """All frames of a folder by the first integer in the name, then by name."""
+    """All frames of a folder in the order of :func:`~mer_jax.clips.frames.frame_order`."""
     files = _frame_files(folder)
     _require_frames(folder, len(files), min_frames)
-    numbers = {file: _first_integer(file.stem) for file in files}
-    for file, number in numbers.items():
-        if number is None:
+    for file in files:
+        if _first_integer(file.stem) is None:
             raise UserError(
                 f"{file}: the file's name holds no number, so its place among the frames is unknown; rename "
                 "it, or move it away if it is no frame"
             )
-    return tuple(sorted(files, key=lambda file: (numbers[file], file.name)))
+    return tuple(sorted(files, key=frame_order))
 
 
 def _frames_between(folder: Path, onset: int, offset: int) -> tuple[Path, ...]:

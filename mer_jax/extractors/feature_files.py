@@ -14,12 +14,12 @@ Nothing is executed from these files and PyTorch is not needed (see :mod:`mer_ja
 """
 
 import os
-import re
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from mer_jax.clips.frames import frame_order
 from mer_jax.errors import UserError
 from mer_jax.extractors.pt_files import read_npy, read_pt
 
@@ -53,8 +53,7 @@ def read_feature_folder(
 ) -> np.ndarray:
     """Reads the features of one sample from a folder of one file per frame.
 
-    The frames are in the order of the first integer in their names, then of the names, as frames of clips
-    are.
+    The frames are in the order of :func:`mer_jax.clips.frames.frame_order`, as frames of clips are.
 
     Args:
         folder: The folder; hidden files and others than ``.npy`` and ``.pt`` are ignored.
@@ -115,12 +114,6 @@ def read_sample_features(
         raise UserError(f"{root}: features of '{sample}' twice, {found[0].name} and {found[1].name}; keep one")
     read = read_feature_folder if found[0].is_dir() else read_feature_file
     return read(found[0], dim=dim, num_frames=num_frames)
-
-
-def frame_order(path: Path) -> tuple[float, str]:
-    """Sorts files of frames: by the first integer in the name, then by name."""
-    number = re.search(r"\d+", path.stem)
-    return (int(number.group()) if number else float("inf"), path.name)
 
 
 def _load(path: Path) -> Any:

@@ -127,7 +127,8 @@ def find_weights(
     folder = Path(weights)
     if not folder.is_dir():
         raise UserError(f"--weights={folder}: no such folder; it must hold a file <subject>{SUFFIX} a left-out subject")
-    files = {path.stem.strip(): path for path in sorted(folder.iterdir()) if path.suffix == SUFFIX}
+    visible = (path for path in sorted(folder.iterdir()) if not path.name.startswith("."))
+    files = {path.stem.strip(): path for path in visible if path.suffix == SUFFIX}
     found = {subject: files[subject] for subject in subjects if subject in files}
     if not found:
         there = f"the {SUFFIX} files there are {_list(sorted(files))}" if files else f"there are no {SUFFIX} files"

@@ -111,6 +111,13 @@ def test_frames_by_first_integer_then_name(challenge):
     assert [frame.name for frame in clip.frames] == ["a1.JPEG", "img2.jpeg", "img2_b.png", "img03.Png", "img10.JPG"]
 
 
+def test_frames_that_begin_with_the_number_of_their_clip(challenge):
+    names = ["3_1.jpg", "3_2.jpg", "3_9.jpg", "3_10.jpg", "3_11.jpg", "3_100.jpg"]
+    make_frames(challenge / "train" / "seq_3", sorted(names))
+    write_csv(challenge / "train.csv", rows=[*ROWS, ["3", 0, 0, 0, 0, 0]])
+    assert [frame.name for frame in read_challenge(challenge)[2].frames] == names
+
+
 @settings(deadline=None, max_examples=25)
 @given(numbers=st.lists(st.integers(0, 10**9), min_size=2, max_size=8, unique=True), width=st.integers(1, 10))
 def test_any_numbering_is_in_order_of_numbers(tmp_path_factory, numbers, width):

@@ -174,6 +174,7 @@ def test_folders_without_these_weights_are_one_line(tmp_path, published):
 
 def test_a_blank_after_the_subject_does_not_matter(tmp_path, published):
     shutil.copy(published[0] / "006.pth", tmp_path / "006 .pth")
+    (tmp_path / "._006.pth").write_bytes(b"of a file system")
     found, strange = find_weights(tmp_path, SUBJECTS[:1])
     assert found == {"006": tmp_path / "006 .pth"} and strange == []
 

@@ -30,6 +30,14 @@ def test_the_flat_set_comes_back(tree, few):
     assert read.notes == ()
 
 
+def test_hidden_files_are_passed_over(tree):
+    plain = read_flow_folder(tree)
+    for path in list(tree.glob("*/u_train/*/*.png"))[:3]:
+        path.with_name(f"._{path.name}").write_bytes(b"of a file system")
+    read = read_flow_folder(tree)
+    assert [row.name for row in read.rows] == [row.name for row in plain.rows] and read.notes == ()
+
+
 def test_it_does_without_a_table(few, tree):
     flat = {row.name: (row.database, row.subject, row.label) for row in read_flow_folder(few.folder).rows}
     few.table.unlink()

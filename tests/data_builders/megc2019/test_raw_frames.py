@@ -57,6 +57,10 @@ def test_the_high_speed_part_of_smic_is_taken(raw):
     raw.smic.rename(raw.smic.with_name("NIR"))
     with pytest.raises(UserError, match=r"frames of smic in NIR, VIS; give one of these"):
         read_raw({"smic": raw.root / "SMIC"})
+    for release in ("all_cropped", "all_raw"):
+        shutil.copytree(raw.root / "SMIC" / "VIS", raw.root / "both" / release / "HS")
+    with pytest.raises(UserError, match=r"frames of smic in all_cropped/HS, all_raw/HS; give one of these"):
+        read_raw({"smic": raw.root / "both"})
 
 
 def test_the_clips_of_casme2_that_the_challenge_left_out(raw, raw_made):
