@@ -8,6 +8,7 @@ and says nothing about whether there is any.
 
 import contextlib
 import dataclasses
+import itertools
 import math
 import os
 import re
@@ -55,12 +56,14 @@ class Stretch:
         offset: Number of the last frame, which belongs to it.
         rate: Frames a second.
         chosen: ``'given'`` by the user, ``'whole'`` video, or found by ``'motion'``.
+        times: When each frame is shown, in seconds, as the file says; phones do not keep a rate.
     """
 
     onset: int
     offset: int
     rate: float
     chosen: str
+    times: tuple[float, ...] = dataclasses.field(default=(), compare=False)
 
     @property
     def num_frames(self) -> int:
@@ -139,8 +142,8 @@ def choose_stretch(
     rate = frame_rate(path)
     half = max(MIN_FRAMES, round(STRETCH_SECONDS * rate)) - 1
     if onset is not None or offset is not None:
-        first = None if onset is None else _frame_number(onset, rate, "--onset")
-        last = None if offset is None else _frame_number(offset, rate, "--offset")
+        first = None if onset is None else _frame_number(onset, path, rate, "--onset")
+        last = None if offset is None else _frame_number(offset, path, rate, "--offset")
         total = _count(path, max(first or 0, last if last is not None else first + half) + 1)
         for flag, number in (("--onset", first), ("--offset", last)):
             if number is not None and number >= total:
@@ -157,7 +160,7 @@ def choose_stretch(
                 f"{path}: frames {first} to {last} are more than {MAX_FRAMES}; choose --onset and --offset about one "
                 "expression"
             )
-        return Stretch(first, last, rate, "given")
+        return _stretch(path, first, last, rate, "given")
     whole = max(MIN_FRAMES, math.floor(WHOLE_SECONDS * rate))
     total = _count(path, whole + 1)
     if total < MIN_FRAMES:
@@ -166,9 +169,9 @@ def choose_stretch(
             f"{MIN_FRAMES}"
         )
     if total <= whole:
-        return Stretch(0, total - 1, rate, "whole")
+        return _stretch(path, 0, total - 1, rate, "whole")
     first, last = find_motion(path, detector, rate, crop)
-    return Stretch(first, last, rate, "motion")
+    return _stretch(path, first, last, rate, "motion")
 
 
 def find_motion(
@@ -278,21 +281,48 @@ def _reported_frames(path: str | os.PathLike) -> int | None:
         return int(count) if count > 0 else None
 
 
+def _stretch(path: str | os.PathLike, onset: int, offset: int, rate: float, chosen: str) -> Stretch:
+    return Stretch(onset, offset, rate, chosen, tuple(itertools.islice(_frame_times(path), onset, offset + 1)))
+
+
+def _frame_times(path: str | os.PathLike) -> Iterator[float]:
+    """When each frame is shown, in rising seconds: as the file says, or by the rate where it says nothing."""
+    with _opened(path) as capture:
+        told = capture.get(cv2.CAP_PROP_FPS)
+        believed = _RATES[0] <= told <= _RATES[1]
+        step, before = 1 / (told if believed else DEFAULT_RATE), None
+        while capture.grab():
+            now = capture.get(cv2.CAP_PROP_POS_MSEC) / 1000
+            if before is None:
+                now = now if believed and now > 0 else 0.0
+            elif not believed or now <= before:
+                now = before + step
+            yield now
+            before = now
+
+
 def _count(path: str | os.PathLike, most: int) -> int:
     """How many frames there are, up to ``most``."""
-    with _opened(path) as capture:
-        count = 0
-        while count < most and capture.grab():
-            count += 1
+    count = sum(1 for _ in itertools.islice(_frame_times(path), most))
     if not count:
         raise UserError(f"{path}: holds no frame that can be decoded; choose another video or convert it to mp4")
     return count
 
 
-def _frame_number(text: str, rate: float, flag: str) -> int:
+def _frame_number(text: str, path: str | os.PathLike, rate: float, flag: str) -> int:
     frames, seconds = re.fullmatch(r"\d+", text), re.fullmatch(r"(\d+\.?\d*|\.\d+)\s*s", text)
     if frames:
         return int(text)
     if seconds:
-        return round(float(seconds[1]) * rate)
+        return _nearest_frame(path, float(seconds[1]), rate)
     raise UserError(f"{flag}={text!r}: must be the number of a frame, such as 12, or a time, such as 0.4s")
+
+
+def _nearest_frame(path: str | os.PathLike, seconds: float, rate: float) -> int:
+    """Number of the frame whose time is nearest, the earlier of two; beyond the end as many more as the rate says."""
+    number, before = -1, 0.0
+    for number, now in enumerate(_frame_times(path)):
+        if now >= seconds:
+            return number - (number > 0 and seconds - before <= now - seconds)
+        before = now
+    return max(number, 0) + round((seconds - before) * rate)

@@ -518,14 +518,12 @@ def format_prediction(prediction: VideoPrediction, name: str) -> str:
 
 def _frames_told(stretch: Stretch) -> str:
     how = {"given": "as asked", "whole": "the whole video", "motion": "chosen by motion"}[stretch.chosen]
-    return (
-        f"frames {stretch.onset} to {stretch.offset} ({stretch.onset / stretch.rate:.2f} to "
-        f"{stretch.offset / stretch.rate:.2f} s) of {stretch.rate:g} a second, {how}"
-    )
+    when = f"{stretch.times[0]:.2f} to {stretch.times[-1]:.2f} s"
+    return f"frames {stretch.onset} to {stretch.offset} ({when}) of {stretch.rate:g} a second, {how}"
 
 
 def _seconds(stretch: Stretch, index: int) -> str:
-    return f"{(stretch.onset + index) / stretch.rate:.2f} s"
+    return f"{stretch.times[index]:.2f} s"
 
 
 def _picture(prediction: VideoPrediction, name: str, smooth: float) -> FlowPicture:
@@ -543,7 +541,7 @@ def _picture(prediction: VideoPrediction, name: str, smooth: float) -> FlowPictu
         intensity=look.intensity / look.grey[0].size,
         apex=look.apex,
         smooth=smooth,
-        times=(stretch.onset + np.arange(stretch.num_frames)) / stretch.rate,
+        times=np.array(stretch.times),
         label_names=told.labels,
         mean=told.mean[0],
         spread=told.spread[0],

@@ -7,6 +7,7 @@ from pathlib import Path
 import cv2
 import numpy as np
 import pytest
+from PIL import Image
 
 from mer_jax.clips.faces import FaceDetector
 from mer_jax.clips.video import (
@@ -146,6 +147,9 @@ def test_rates_that_no_camera_has_are_not_believed(counted):
     counted.write_bytes(raw[:place] + (1).to_bytes(4, "little") + (90000).to_bytes(4, "little") + raw[place + 8 :])
     assert cv2.VideoCapture(str(counted)).get(cv2.CAP_PROP_FPS) == 90000
     assert frame_rate(counted) == DEFAULT_RATE
+    stretch = choose_stretch(counted, NoDetector(), onset="0.2s", offset="10")
+    assert stretch.onset == 6
+    np.testing.assert_allclose(stretch.times, np.arange(6, 11) / DEFAULT_RATE)
 
 
 @pytest.mark.parametrize(
@@ -163,6 +167,22 @@ def test_rates_that_no_camera_has_are_not_believed(counted):
 )
 def test_given_ends_are_taken(counted, onset, offset, expected):
     assert choose_stretch(counted, NoDetector(), onset=onset, offset=offset) == Stretch(*expected, RATE, "given")
+
+
+def test_times_are_those_of_the_file(tmp_path, counted):
+    # 20 frames of 40 ms, then 10 of 200 ms, as a phone in the dark: on average 10.7 a second.
+    first, *others = (Image.fromarray(grey_frame(number)) for number in range(30))
+    uneven = tmp_path / "uneven.gif"
+    first.save(uneven, save_all=True, append_images=others, duration=[40] * 20 + [200] * 10)
+    stretch = choose_stretch(uneven, NoDetector(), onset="1.2s", offset="1.85s")
+    assert (stretch.onset, stretch.offset) == (22, 25)
+    assert numbers(read_video(uneven, 22, 23)) == [22]
+    np.testing.assert_allclose(stretch.times, [1.2, 1.4, 1.6, 1.8], atol=1e-6)
+    with pytest.raises(UserError, match=r"--offset: frame \d+ is beyond the end of .*uneven\.gif, which has 30 frames"):
+        choose_stretch(uneven, NoDetector(), onset="0", offset="4s")
+    even = choose_stretch(counted, NoDetector(), onset="5", offset="0.3s")
+    assert even.offset == 7  # of 7 and 8 the earlier
+    np.testing.assert_allclose(even.times, [0.2, 0.24, 0.28], atol=1e-6)
 
 
 @pytest.mark.parametrize(
