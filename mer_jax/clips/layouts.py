@@ -416,6 +416,8 @@ def _read_csv(path: Path) -> tuple[list[str], list[tuple[int, list[str]]]]:
             "row per training clip"
         )
     (_, header), *lines = lines
+    if len(header) == 1 and re.search(r"[;\t]", header[0]):
+        raise UserError(f"{path}: its columns are not separated by commas; save it as comma-separated UTF-8")
     for number, fields in lines:
         if len(fields) != len(header):
             raise UserError(

@@ -39,7 +39,8 @@ _SAFETENSORS = {
     "U8": np.dtype("u1"),
     "BOOL": np.dtype("?"),
 }
-_INDEX = "model.safetensors.index.json"
+_INDEX_SUFFIX = ".index.json"
+_INDEX = f"model.safetensors{_INDEX_SUFFIX}"
 _SINGLE = "model.safetensors"
 
 
@@ -51,7 +52,7 @@ def read_checkpoint(path: str | os.PathLike, entries: Sequence[str] = ENTRIES) -
 
     Args:
         path: A ``.safetensors`` file, its index or a folder that holds either as the hub names them; or a file of
-            ``torch.save``, whatever its suffix.
+            ``torch.save``, whatever its suffix, or the index of several.
         entries: Names of the entry that holds the weights where a ``torch.save`` file holds more than them, in the
             order of preference.
 
@@ -86,6 +87,14 @@ def read_with_settings(
         if not found:
             raise UserError(f"{path}: holds neither {_SINGLE} nor {_INDEX}; name the file of weights")
         path = found[0]
+    state, settings = _read_file(path, entries)
+    if all(name.startswith("module.") for name in state):
+        state = {name.removeprefix("module."): value for name, value in state.items()}
+    return _folded(state, path, settings.get("args")), settings
+
+
+def _read_file(path: Path, entries: Sequence[str]) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+    """The weights in a file, or in those of an index, and what stands beside them."""
     try:
         with open(path, "rb") as stream:
             start = stream.read(64)
@@ -93,22 +102,17 @@ def read_with_settings(
         raise UserError(f"{path}: no such file; name the file of weights") from None
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror or error})") from error
-    settings: dict[str, Any] = {}
-    if path.name.endswith(".index.json"):
-        state = _read_shards(path)
-    elif start[8:9] == b"{":
-        state = _read_safetensors(path)
-    elif start.startswith((b"PK", b"\x80")):
-        state, settings = _weights_in(read_pt(path), path, entries)
-    elif start.startswith(b"version https://git-lfs"):
+    if path.name.endswith(_INDEX_SUFFIX):
+        return _read_shards(path, entries), {}
+    if start[8:9] == b"{":
+        return _read_safetensors(path), {}
+    if start.startswith((b"PK", b"\x80")):
+        return _weights_in(read_pt(path), path, entries)
+    if start.startswith(b"version https://git-lfs"):
         raise UserError(f"{path}: a Git LFS pointer, not the weights; fetch them with 'git lfs pull'")
-    elif start.lstrip().lower().startswith((b"<!doctype", b"<html")):
+    if start.lstrip().lower().startswith((b"<!doctype", b"<html")):
         raise UserError(f"{path}: a web page, not the weights; fetch the file itself")
-    else:
-        raise UserError(f"{path}: neither safetensors nor a torch.save file, or damaged; fetch it again")
-    if all(name.startswith("module.") for name in state):
-        state = {name.removeprefix("module."): value for name, value in state.items()}
-    return _folded(state, path, settings.get("args")), settings
+    raise UserError(f"{path}: neither safetensors nor a torch.save file, or damaged; fetch it again")
 
 
 def _weights_in(value: Any, path: Path, entries: Sequence[str]) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
@@ -159,7 +163,7 @@ def _read_safetensors(path: Path) -> dict[str, np.ndarray]:
     return state
 
 
-def _read_shards(index: Path) -> dict[str, np.ndarray]:
+def _read_shards(index: Path, entries: Sequence[str]) -> dict[str, np.ndarray]:
     try:
         places = json.loads(index.read_bytes())["weight_map"]
         files = sorted(set(places.values()))
@@ -168,11 +172,11 @@ def _read_shards(index: Path) -> dict[str, np.ndarray]:
     content = {}
     for file in files:
         # An index lists its neighbours; anything else would read files nobody asked for.
-        if not isinstance(file, str) or Path(file).name != file:
+        if not isinstance(file, str) or Path(file).name != file or file.endswith(_INDEX_SUFFIX):
             raise UserError(f"{index}: damaged, it lists {file!r} as a neighbouring file; fetch it again")
         if not (index.parent / file).is_file():
             raise UserError(f"{index}: lists {file}, which is not beside it; fetch all {len(files)} files")
-        content[file] = _read_safetensors(index.parent / file)
+        content[file], _ = _read_file(index.parent / file, entries)
     missing = next((name for name, file in places.items() if name not in content[file]), None)
     if missing is not None:
         raise UserError(f"{index}: {places[missing]} lacks {missing}; the files are of different downloads")

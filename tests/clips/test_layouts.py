@@ -320,6 +320,13 @@ def test_line_of_another_length(challenge, line):
     refuse(challenge, "train.csv", "fields where the header has 6")
 
 
+@pytest.mark.parametrize("separator", [";", "\t"])
+def test_columns_of_other_separators(challenge, separator):
+    with (challenge / "train.csv").open("w", newline="") as stream:
+        csv.writer(stream, delimiter=separator).writerows([HEADER, *ROWS])
+    refuse(challenge, "train.csv", "not separated by commas")
+
+
 @pytest.mark.parametrize("content", [",".join(HEADER).encode("utf-16"), b"\xff\xd8\xff\xe0picture", b"x" * 200_000])
 def test_no_csv_at_all(challenge, content):
     (challenge / "train.csv").write_bytes(content)

@@ -59,6 +59,17 @@ def test_shards(tmp_path, given):
     assert list(read) == list(STATE) and all(same_bits(read[name], STATE[name]) for name in STATE)
 
 
+def test_shards_of_torch_save(tmp_path):
+    first = len(STATE) // 2
+    files = {name: f"pytorch_model-0000{1 + (number >= first)}-of-00002.bin" for number, name in enumerate(STATE)}
+    for file in set(files.values()):
+        torch.save({name: STATE[name] for name in STATE if files[name] == file}, tmp_path / file)
+    index = tmp_path / "pytorch_model.bin.index.json"
+    index.write_text(json.dumps({"metadata": {"total_size": 1}, "weight_map": files}))
+    read = read_checkpoint(index)
+    assert list(read) == list(STATE) and all(same_bits(read[name], STATE[name]) for name in STATE)
+
+
 def test_a_folder_of_one_file(tmp_path):
     save_file(STATE, tmp_path / "model.safetensors")
     assert set(read_checkpoint(tmp_path)) == set(STATE)
@@ -159,6 +170,7 @@ def header(entries):
         ("w.safetensors", header({"a": 3}), "not a safetensors file, or damaged"),
         ("w.safetensors.index.json", b"{}", "not an index of safetensors files"),
         ("w.safetensors.index.json", b'{"weight_map": {"a": "../b"}}', "it lists '../b' as a neighbouring file"),
+        ("w.index.json", b'{"weight_map": {"a": "w.index.json"}}', "it lists 'w.index.json' as a neighbouring file"),
         ("w.safetensors.index.json", b'{"weight_map": {"a": "b"}}', "lists b, which is not beside it; fetch all 1"),
     ],
 )
