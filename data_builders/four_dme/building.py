@@ -31,7 +31,7 @@ from mer_jax.clips.demo import make_demo_clips
 from mer_jax.clips.layouts import LABELS, Clip, read_challenge, read_release
 from mer_jax.errors import UserError
 from mer_jax.extractors.base import EMBEDDED, EXTRACTORS, get_extractor
-from mer_jax.extractors.feature_files import read_sample_features
+from mer_jax.extractors.feature_files import is_feature_file, read_sample_features
 from mer_jax.extractors.networks import NETWORKS, get_network
 from mer_jax.files import exclusive
 from mer_jax.parallel import Workers, local_workers
@@ -505,7 +505,7 @@ def _content(clips: Sequence[Clip], options: _Options) -> str:
     ]
     facts += [fingerprint(clip) for clip in clips]
     for folder in options.features.values():
-        for path in sorted(Path(folder).rglob("*")):
+        for path in sorted(filter(is_feature_file, Path(folder).rglob("*"))):
             status = path.stat()
             facts.append((str(path.relative_to(folder)), status.st_size, status.st_mtime_ns))
     return hashlib.sha256(json.dumps(facts).encode()).hexdigest()

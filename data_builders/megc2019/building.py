@@ -239,7 +239,8 @@ def _plan_folder(given: Mapping[str, Any]) -> _Plan:
         raise UserError(f"{source}: no such folder of flow images; check the path")
     table = find_table(source) if labels is None else Path(labels)
     settings = {"source": _told(source), "labels": _told(table)}
-    content = files_fingerprint(sorted([*source.rglob("*.png"), *([table] if table else [])]))
+    images = (path for path in source.rglob("*") if path.suffix.lower() == ".png" and not path.name.startswith("."))
+    content = files_fingerprint(sorted([*images, *([table] if table else [])]))
     origin = (
         f"Flow images in the format of STSTNet, HTNet and CausalNet, read from {settings['source']}. They derive from "
         "CASME II, SAMM and SMIC, which need signed agreements; do not pass them on."

@@ -70,8 +70,7 @@ def read_feature_folder(
     folder = Path(folder)
     if not folder.is_dir():
         raise UserError(f"{folder}: no such folder")
-    files = (path for path in folder.iterdir() if not path.name.startswith("."))
-    paths = sorted((path for path in files if path.suffix in _READERS), key=frame_order)
+    paths = sorted(filter(is_feature_file, folder.iterdir()), key=frame_order)
     if not paths:
         raise UserError(f"{folder}: no .npy or .pt file inside; one per frame is expected")
     if len({path.suffix for path in paths}) > 1:
@@ -114,6 +113,11 @@ def read_sample_features(
         raise UserError(f"{root}: features of '{sample}' twice, {found[0].name} and {found[1].name}; keep one")
     read = read_feature_folder if found[0].is_dir() else read_feature_file
     return read(found[0], dim=dim, num_frames=num_frames)
+
+
+def is_feature_file(path: Path) -> bool:
+    """Whether a file's name is one of features; those of file systems and viewers are hidden or called otherwise."""
+    return path.suffix in _READERS and not path.name.startswith(".")
 
 
 def _load(path: Path) -> Any:

@@ -3,6 +3,7 @@ wrong."""
 
 import json
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -151,6 +152,16 @@ def test_lacking_features_are_added_to_what_is_there(build, prepared, features, 
     stamp = (folder / "metadata.json").stat().st_mtime_ns
     assert build(extractors=("facemesh", "hog"), features=features) == folder
     assert (folder / "metadata.json").stat().st_mtime_ns == stamp
+
+
+def test_what_viewers_leave_among_features_is_no_change(build, features):
+    folder = build(features=features)
+    for name in (".DS_Store", "Thumbs.db"):
+        (Path(features["radio"]) / name).write_bytes(b"of a viewer")
+    assert build(features=features) == folder
+    (Path(features["radio"]) / "new.npy").write_bytes(b"one more")
+    with pytest.raises(UserError, match=r"labels, frames or feature files have changed since"):
+        build(features=features)
 
 
 def test_features_are_only_added_to_the_same_clips(build, challenge, features):

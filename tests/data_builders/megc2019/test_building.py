@@ -111,6 +111,8 @@ def test_changed_images_and_lost_records(few, made, tmp_path):
     lost.unlink()
     assert megc2019.build("folder", data_dir=tmp_path / "data", source=few.folder) == folder
     assert lost.read_bytes() == content
+    (few.folder / "._006_006_1_2 .png").write_bytes(b"of a file system")
+    assert megc2019.build("folder", data_dir=tmp_path / "data", source=few.folder) == folder
     made.save(made.image_of("new"), next(few.folder.glob("006*")))
     with pytest.raises(UserError, match=r"have changed since it was built; remove this folder to build it again"):
         megc2019.build("folder", data_dir=tmp_path / "data", source=few.folder)
