@@ -87,9 +87,18 @@ def atomic_write_bytes(path: str | os.PathLike, data: bytes) -> None:
         ) from error
 
 
+def is_utf8(name: str) -> bool:
+    """Whether the name of a file is UTF-8; archives of other systems bring others along."""
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
 def atomic_write_text(path: str | os.PathLike, text: str) -> None:
-    """Writes UTF-8 ``text`` to ``path`` as :func:`atomic_write_bytes` does."""
-    atomic_write_bytes(path, text.encode())
+    """Writes UTF-8 ``text`` to ``path`` as :func:`atomic_write_bytes` does, escaping names that are not UTF-8."""
+    atomic_write_bytes(path, text.encode(errors="backslashreplace"))
 
 
 def atomic_savez(path: str | os.PathLike, **arrays: np.ndarray) -> None:

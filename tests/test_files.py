@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from mer_jax.errors import UserError
-from mer_jax.files import atomic_savez, atomic_write_bytes, read_arrays, read_json
+from mer_jax.files import atomic_savez, atomic_write_bytes, atomic_write_text, read_arrays, read_json
 
 
 def test_an_interrupt_in_the_middle_leaves_the_old_file_and_nothing_else(tmp_path, monkeypatch):
@@ -38,3 +38,8 @@ def test_arrays_that_are_damaged_are_one_line_with_the_remedy(tmp_path):
     path.unlink()
     with pytest.raises(UserError, match=r"a\.npz: cannot be read \(No such file or directory\); delete it$"):
         read_arrays(path, "delete it")
+
+
+def test_names_that_are_not_utf8_are_escaped(tmp_path):
+    atomic_write_text(tmp_path / "card.md", f"not read: ä, {os.fsdecode(bytes([0xD0, 0xC2]))}")
+    assert (tmp_path / "card.md").read_bytes() == "not read: ä, \\udcd0\\udcc2".encode()

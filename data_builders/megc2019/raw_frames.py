@@ -24,6 +24,7 @@ from data_builders.megc2019.composite import (
     unique_subjects,
 )
 from mer_jax.errors import UserError
+from mer_jax.files import is_utf8
 
 HALF_WAY = "the frame half-way was taken"
 FRAME_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp")
@@ -390,6 +391,8 @@ def _read_smic(root: Path, unknown_apex: str) -> tuple[list[RawClip], list[str]]
                 extra.append(f"{folder.name}/micro/{of_class.name}")
                 continue
             for clip_folder in _folders(of_class):
+                if not is_utf8(clip_folder.name):
+                    raise UserError(f"{clip_folder}: the folder's name is not UTF-8; rename it, or move it away")
                 name = f"{subject}_{padded(clip_folder.name.lower())}"
                 frames = tuple(_numbered_frames(clip_folder).values())
                 if len(frames) < 2:

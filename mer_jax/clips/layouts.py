@@ -16,6 +16,7 @@ from typing import Literal
 
 from mer_jax.clips.frames import frame_order
 from mer_jax.errors import UserError
+from mer_jax.files import is_utf8
 
 LABELS = ("Negative", "Positive", "Repression", "Surprise", "Others")
 FRAME_SUFFIXES = (".jpg", ".jpeg", ".png")
@@ -248,6 +249,8 @@ def _sequence_folders(root: Path, without: Path | None = None) -> dict[int, Path
     for folder in (root / entry.name for entry in _entries(root) if entry.is_dir()):
         if without is not None and folder.resolve() == without.resolve():
             continue
+        if not is_utf8(folder.name):
+            raise UserError(f"{folder}: the folder's name is not UTF-8; rename it, or move it away if it is no clip")
         id_ = _first_integer(folder.name)
         if id_ is None:
             raise UserError(

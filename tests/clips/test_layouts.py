@@ -1,4 +1,5 @@
 import csv
+import os
 import warnings
 
 import openpyxl
@@ -227,6 +228,11 @@ def test_frame_without_a_number(challenge):
 def test_frame_in_two_formats(challenge):
     make_frames(challenge / "test" / "seq_5", ["1.jpg", "2.jpg", "1.png"])
     refuse(challenge, "test/seq_5", "2 files for the frame '1'", "keep one")
+
+
+def test_a_folder_whose_name_is_not_utf8(challenge):
+    make_frames(challenge / "train" / os.fsdecode(b"\xd0\xc2 77"))  # as archives from Chinese systems have them
+    refuse(challenge, "77: the folder's name is not UTF-8; rename it")
 
 
 def test_folder_without_a_number(challenge):

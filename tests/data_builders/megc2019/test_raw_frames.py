@@ -1,5 +1,6 @@
 """Raw releases: layouts, coding sheets, classes, and what is done where sheet and frames disagree."""
 
+import os
 import shutil
 
 import pytest
@@ -164,6 +165,17 @@ def test_clips_of_one_frame_are_left_out(raw):
     assert not {"sub01_EP02_01f", "s01_s01_ne_01"} & by_name(clips).keys()
     assert "casme2: 1 clip with fewer than 2 frames from onset to offset, left out: sub01_EP02_01f" in notes
     assert "smic: 1 clip with fewer than 2 frames, left out: s01_s01_ne_01" in notes
+
+
+def test_a_folder_whose_name_is_not_utf8(raw):
+    # As archives from Chinese systems have them.
+    (raw.casme2 / "Cropped" / "sub01" / os.fsdecode(b"\xd0\xc2\xbd\xa8")).mkdir()
+    notes = read_raw({"casme2": raw.casme2})[1]
+    assert "1 folder not in the sheet, not read: sub01/" in notes[-1]
+    clip = raw.smic / "s1" / "micro" / "negative"
+    (clip / "s1_ne_01").rename(clip / os.fsdecode(b"s1_ne_01\xd0\xc2"))
+    with pytest.raises(UserError, match=r"s1_ne_01.*: the folder's name is not UTF-8; rename it"):
+        read_raw({"smic": raw.smic})
 
 
 def test_smic_says_what_it_cannot_place(raw):
