@@ -23,6 +23,7 @@ from mer_jax.clips.crops import CropConfig, crop_clip, face_box
 from mer_jax.clips.faces import FaceDetector
 from mer_jax.clips.flow import FlowConfig, to_grey
 from mer_jax.errors import UserError
+from mer_jax.files import is_utf8
 from mer_jax.progress import progress
 
 # FFmpeg and OpenCV tell on stderr, each in its own way, what is told here in one line. FFmpeg is asked in time: OpenCV
@@ -239,6 +240,8 @@ def find_motion(
 def _opened(path: str | os.PathLike) -> Iterator[cv2.VideoCapture]:
     if not Path(path).is_file():
         raise UserError(f"{path}: no such video file")
+    if not is_utf8(str(path)):  # OpenCV would end the process
+        raise UserError(f"{path}: the path is not UTF-8; rename the file, or move it")
     logging = cv2.utils.logging
     level = logging.setLogLevel(logging.LOG_LEVEL_SILENT)
     try:

@@ -2,6 +2,7 @@
 
 import importlib.util
 import itertools
+import os
 from pathlib import Path
 
 import cv2
@@ -131,6 +132,12 @@ def test_what_is_no_video_is_one_line(tmp_path, content, read, capfd):
         read(path)
     assert "\n" not in str(caught.value)
     assert capfd.readouterr() == ("", "")  # neither OpenCV nor FFmpeg adds its own
+
+
+def test_a_name_that_is_not_utf8_is_one_line(counted):
+    strange = counted.rename(counted.with_name(os.fsdecode(b"\xd0\xc2.avi")))
+    with pytest.raises(UserError, match=r"\.avi: the path is not UTF-8; rename the file"):
+        frame_rate(strange)
 
 
 def test_a_missing_video_is_one_line(tmp_path):
