@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 
 from mer_jax.report.plots import format_number
 from mer_jax.report.tables import format_interval, format_mean, format_signed
+from mer_jax.study.summary import format_p
 
 _FUSIONS = {
     "concat": "concat, one encoder",
@@ -22,11 +23,6 @@ def row_label(row: Mapping) -> str:
     """What a row is called in a table: ``hog + facemesh, gate``."""
     names = " + ".join(name for name in (row["appearance"], row["geometry"]) if name)
     return f"{names}, {row['fusion']}" if row["fusion"] else names
-
-
-def format_p(value: float) -> str:
-    """A p-value with four decimals."""
-    return format_number(value, 4)
 
 
 def format_difference(found: Mapping) -> tuple[str, str, str]:

@@ -34,7 +34,7 @@ from mer_jax.study.held_out import clip_probabilities, decide
 from mer_jax.study.results import PHASES, TEST, UNKNOWN_LABEL, StudyResults, is_stream
 from mer_jax.study.search_summary import SELECTION_WORDS
 from mer_jax.study.shown import RULE
-from mer_jax.study.summary import SCHEMA
+from mer_jax.study.summary import SCHEMA, format_p
 
 FILENAME = "report.html"
 # With more folds than these, what there is of each is in tables to open.
@@ -751,7 +751,7 @@ class _Page:
         if default:
             gain = default["nested_minus_default"]["pooled"]
             row = cells("candidate 0 in every fold", default["macro_f1"]["pooled"], (1, gain["mean"], gain["clip_ci"]))
-            rows.append(_row([*row, format_number(gain["p_value"])]))
+            rows.append(_row([*row, format_p(gain["p_value"])]))
         for key, words in (
             ("best_overall", "best on all held-out clips, for all folds"),
             ("best_per_fold", "best on each held-out fold"),

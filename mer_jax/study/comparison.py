@@ -12,7 +12,7 @@ from mer_jax.evaluation import metrics, statistics
 from mer_jax.study.data import MULTI_CLASS, MULTI_LABEL
 from mer_jax.study.held_out import HeldOut, held_out
 from mer_jax.study.results import StudyResults
-from mer_jax.study.summary import plain, read_evaluation
+from mer_jax.study.summary import format_p, plain, read_evaluation
 
 _MAX_NAMED = 3
 _AVERAGES = ("pooled", "fold_mean")
@@ -225,7 +225,7 @@ def format_comparison(comparison: Mapping[str, Any]) -> str:
                 f"{row['mean_b']:.3f}",
                 f"{row['difference']:+.3f}",
                 _interval(row["clip_ci"]),
-                f"{row['clip_p_value']:.4f}",
+                format_p(row["clip_p_value"]),
                 f"{row['probability_a_better']:.3f}",
             )
         )
@@ -242,7 +242,7 @@ def format_comparison(comparison: Mapping[str, Any]) -> str:
     lines += [
         "",
         f"Training noise alone, on these clips, {over}:",
-        f"{members['difference']:+.3f}{interval}, sign-flip p = {members['sign_flip_p_value']:.4f}, "
+        f"{members['difference']:+.3f}{interval}, sign-flip p = {format_p(members['sign_flip_p_value'])}, "
         f"A ahead in {100 * members['win_rate']:.0f} % of pairs",
     ]
     return "\n".join(lines)

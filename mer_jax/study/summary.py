@@ -542,7 +542,7 @@ def _notes(summary: dict[str, Any]) -> list[str]:
             low, high = gain["clip_ci"]
             notes.append(
                 f"Choosing gains {gain['mean']:+.3f} [{low:+.3f}, {high:+.3f}] pooled macro_f1 over candidate 0 in "
-                f"every fold, p = {gain['p_value']:.3f}."
+                f"every fold, p = {format_p(gain['p_value'])}."
             )
     if study["single_subject_folds"]:
         notes.append(
@@ -555,6 +555,11 @@ def _notes(summary: dict[str, Any]) -> list[str]:
     if rare:
         notes.append(f"Fewer than {RARE} clips: {', '.join(rare)}; one changed decision moves F1 a lot.")
     return notes
+
+
+def format_p(value: float) -> str:
+    """A p-value with four decimals, or with one digit where these would be zeros: no p-value is 0."""
+    return f"{value:.4f}" if value >= 1e-4 else f"{value:.0e}"
 
 
 def plain(value: Any) -> Any:

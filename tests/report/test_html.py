@@ -335,7 +335,7 @@ def test_a_search_tells_what_was_chosen_and_what_that_gained(make_results, finis
     gain = search["default"]["nested_minus_default"]["pooled"]
     for score in (summary["honest"], search["default"], search["leaky"]["best_overall"]):
         assert f"{score['macro_f1']['pooled']['mean']:.3f}" in words
-    assert f"{abs(gain['mean']):.3f}" in words and f"{gain['p_value']:.3f}" in words
+    assert f"{abs(gain['mean']):.3f}" in words and f"{gain['p_value']:.4f}" in words
     leaky = search["leaky"]["best_overall"]["chosen"][0]
     assert f"best on all held-out clips, for all folds: candidate {leaky}" in words
     assert all(f"candidate {number}" in words for number in range(4))

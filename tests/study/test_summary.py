@@ -10,7 +10,7 @@ from mer_jax.clips.layouts import LABELS
 from mer_jax.errors import UserError
 from mer_jax.evaluation.thresholds import tune_thresholds
 from mer_jax.study.held_out import held_out, resolve_evaluation
-from mer_jax.study.summary import summarise, write_summary
+from mer_jax.study.summary import format_p, summarise, write_summary
 
 _spec = importlib.util.spec_from_file_location("fake_study", Path(__file__).with_name("fake_study.py"))
 fake_study = importlib.util.module_from_spec(_spec)
@@ -188,6 +188,21 @@ def test_one_seed_and_one_fold(rng):
     assert summary["variance"] is None
     assert all(row["seeds"] is None for row in summary["seeds_needed"])
     assert any("One seed only" in note for note in summary["notes"])
+
+
+@pytest.mark.parametrize(("value", "text"), [(1.0, "1.0000"), (1 / 2001, "0.0005"), (1 / 100_001, "1e-05")])
+def test_a_p_value_is_never_shown_as_zero(value, text):
+    assert format_p(value) == text
+
+
+def test_a_sure_gain_is_not_told_with_a_p_value_of_zero(rng):
+    results = make_results(rng, hyper={"lr": [0.1, 0.2]}, signal=0.0)
+    good = results.hyper["lr"] == np.float32(0.2)
+    truth = results.clip_labels[results.sample_clip]
+    results.probabilities[good] = np.where(truth == 1, 0.9, 0.1)
+    summary = summarise(results, {"bootstrap": 4000})
+    assert summary["search"]["default"]["nested_minus_default"]["pooled"]["p_value"] == 1 / 4001
+    assert any(note.endswith("over candidate 0 in every fold, p = 0.0002.") for note in summary["notes"])
 
 
 def test_without_learning_curves_or_inner_splits(rng):
