@@ -25,7 +25,7 @@ from mer_jax.study.comparison import align
 from mer_jax.study.grid_rows import Row, read_rows
 from mer_jax.study.held_out import HeldOut, held_out
 from mer_jax.study.results import FILENAME, StudyResults
-from mer_jax.study.summary import SUMMARY_FILENAME, chance_figures, plain, read_evaluation
+from mer_jax.study.summary import SUMMARY_FILENAME, chance_figures, plain, read_evaluation, subject_notes
 
 GRID_SCHEMA = 1
 TABLE_FILENAME = "table.csv"
@@ -240,8 +240,7 @@ def _notes(summary: Mapping[str, Any]) -> list[str]:
         notes.append(f"All figures use the seeds that finished in every fold of every row; left out: {left}.")
     if len(study["seeds"]) == 1:
         notes.append("One seed only: training noise is unknown, and the intervals hold none of it.")
-    if study["subjects"] is None:
-        notes.append("Subjects are unknown: clips are resampled as if independent, so intervals may be too narrow.")
+    notes += subject_notes(study["subjects"])
     if study["single_subject_folds"]:
         notes.append("Each fold is one subject: read the pooled figures; a subject's few clips lack classes.")
     return notes

@@ -236,8 +236,9 @@ class HeldOut:
     @property
     def single_subject_folds(self) -> bool:
         """Whether each fold is one subject (leave-one-subject-out), whose clips may all be of one class."""
-        people = self.people
-        return all(people) and len(set(zip(people, self.fold.tolist(), strict=True))) == len(np.unique(self.fold))
+        people, folds = self.people, self.fold.tolist()
+        pairs = set(zip(people, folds, strict=True))
+        return all(people) and len(pairs) == len(set(people)) == len(set(folds))
 
 
 class StudyMembers:

@@ -30,6 +30,7 @@ SCHEMA = 3
 HALF_WIDTHS = (0.05, 0.03, 0.02, 0.01, 0.005)
 CURVE_THRESHOLDS = np.round(np.arange(0.01, 1.0, 0.01), 2)
 RARE = 10
+FEW_SUBJECTS = 10
 
 _MULTI_LABEL_DEFINITIONS = {
     "macro_f1": "Binary macro-F1: F1 of 'present' for each label, 0 where a label is neither in "
@@ -529,8 +530,7 @@ def _notes(summary: dict[str, Any]) -> list[str]:
         )
     if len(study["seeds"]) == 1:
         notes.append("One seed only: training noise is unknown, and the intervals hold none of it.")
-    if study["subjects"] is None:
-        notes.append("Subjects are unknown: clips are resampled as if independent, so intervals may be too narrow.")
+    notes += subject_notes(study["subjects"])
     if len(summary["settings"]) > 1:
         notes.append(
             f"{len(summary['settings'])} settings: each fold uses the one of the best inner "
@@ -560,6 +560,20 @@ def _notes(summary: dict[str, Any]) -> list[str]:
 def format_p(value: float) -> str:
     """A p-value with four decimals, or with one digit where these would be zeros: no p-value is 0."""
     return f"{value:.4f}" if value >= 1e-4 else f"{value:.0e}"
+
+
+def subject_notes(subjects: int | None) -> list[str]:
+    """What the number of subjects, None where they are unknown, means for intervals over clips; empty if nothing."""
+    if subjects is None:
+        return ["Subjects are unknown: clips are resampled as if independent, so intervals may be too narrow."]
+    if subjects == 1:
+        return ["One subject only: clips are resampled as if independent, and no interval speaks of other people."]
+    if subjects < FEW_SUBJECTS:
+        return [
+            f"Only {subjects} subjects: resampling so few makes intervals too narrow (in simulations those of 95 % "
+            "covered 78, 86 and 90 % with 2, 3 and 6 subjects)."
+        ]
+    return []
 
 
 def plain(value: Any) -> Any:

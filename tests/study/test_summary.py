@@ -190,6 +190,29 @@ def test_one_seed_and_one_fold(rng):
     assert any("One seed only" in note for note in summary["notes"])
 
 
+def test_folds_of_one_subject_are_not_one_subject_a_fold(rng):
+    results = make_results(rng)
+    alone = summarise(dataclasses.replace(results, clip_subject=np.full(len(results.clip_name), "s1")), QUICK)
+    assert alone["study"]["subjects"] == 1 and not alone["study"]["single_subject_folds"]
+    assert alone["variance"] is not None and alone["chance"]["within"] == "folds"
+    assert [note for note in alone["notes"] if "subject" in note] == [
+        "One subject only: clips are resampled as if independent, and no interval speaks of other people."
+    ]
+    each = np.array([f"s{fold}" for fold in results.clip_fold])
+    assert summarise(dataclasses.replace(results, clip_subject=each), QUICK)["study"]["single_subject_folds"]
+
+
+def test_few_subjects_are_told_of(rng):
+    results = make_results(rng)  # 18 subjects
+    people = np.unique(results.clip_subject[results.scored], return_inverse=True)[1]
+    for number, told in ((18, False), (9, True)):
+        subject = results.clip_subject.copy()
+        subject[results.scored] = [f"s{person % number}" for person in people]
+        summary = summarise(dataclasses.replace(results, clip_subject=subject), QUICK)
+        assert summary["study"]["subjects"] == number
+        assert any(note.startswith(f"Only {number} subjects") for note in summary["notes"]) == told
+
+
 @pytest.mark.parametrize(("value", "text"), [(1.0, "1.0000"), (1 / 2001, "0.0005"), (1 / 100_001, "1e-05")])
 def test_a_p_value_is_never_shown_as_zero(value, text):
     assert format_p(value) == text
