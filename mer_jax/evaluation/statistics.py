@@ -108,8 +108,8 @@ def bootstrap_mean(
 ) -> dict[str, tuple[float, float] | None]:
     """Intervals for the mean of independent values, e.g. one score per seed.
 
-    With few values (10 or so) bootstrap intervals are a little too narrow, by about ``sqrt((n - 1) / n)`` and
-    the t quantile; :func:`t_interval` is not.
+    With few values they are too narrow: of normal values, 95 % intervals cover 52, 72, 84, 90 and 93 % with 2, 3, 5, 10
+    and 20 of them. :func:`t_interval` covers 95 % throughout.
 
     Args:
         values: ``(S,)``.
@@ -130,14 +130,26 @@ def bootstrap_mean(
     }
 
 
-def t_interval(values: np.ndarray, confidence: float = 0.95) -> tuple[float, float] | None:
-    """Student's interval for the mean of ``(S,)`` values; None with fewer than two."""
+def t_interval(
+    values: np.ndarray, confidence: float = 0.95, bounds: tuple[float, float] = (-np.inf, np.inf)
+) -> tuple[float, float] | None:
+    """Student's interval for the mean of independent values, e.g. one score per seed.
+
+    Args:
+        values: ``(S,)``.
+        confidence: In (0, 1).
+        bounds: What the figure cannot leave, e.g. 0 and 1 for a score.
+
+    Returns:
+        low, high; None with fewer than two values.
+    """
     values = np.asarray(values, np.float64)
     if len(values) < 2:
         return None
     quantile = special.stdtrit(len(values) - 1, (1 + confidence) / 2)
     half = quantile * values.std(ddof=1) / np.sqrt(len(values))
-    return float(values.mean() - half), float(values.mean() + half)
+    low, high = np.clip([values.mean() - half, values.mean() + half], *bounds)
+    return float(low), float(high)
 
 
 def resample_counts(
@@ -522,7 +534,7 @@ class PairedScores(NamedTuple):
         difference: ``(F, S)``.
         mean: Mean difference.
         sd: Its standard deviation over pairs, ddof 1.
-        interval: Bootstrap interval of the mean over seeds (folds kept).
+        interval: Student's interval of the mean over seeds (folds kept).
         p_value: :func:`sign_flip_p_value` over pairs: would these clips tell A from B after other seeds?
         win_rate: Share of pairs in which A is ahead, ties one half.
     """
@@ -535,9 +547,7 @@ class PairedScores(NamedTuple):
     win_rate: float
 
 
-def paired_comparison(
-    a: np.ndarray, b: np.ndarray, num_replicates: int = 2000, confidence: float = 0.95, seed: int = 0
-) -> PairedScores:
+def paired_comparison(a: np.ndarray, b: np.ndarray, confidence: float = 0.95, seed: int = 0) -> PairedScores:
     """Compares scores ``(F, S)`` of two studies pair by pair.
 
     It knows training noise only; for new clips see :func:`paired_clip_comparison`.
@@ -545,19 +555,17 @@ def paired_comparison(
     Args:
         a: ``(F, S)`` scores of study A.
         b: ``(F, S)`` scores of study B, same folds and seeds.
-        num_replicates: Bootstrap replicates.
         confidence: In (0, 1).
-        seed: Of the resampling.
+        seed: Of the flips.
     """
     difference = np.asarray(a, np.float64) - np.asarray(b, np.float64)
     if difference.ndim != 2:
         raise ValueError(f"scores must be (folds, seeds), got {difference.shape}")
-    draws = resample_counts(np.arange(difference.shape[1]), None, num_replicates, np.random.default_rng(seed))
     return PairedScores(
         difference=difference,
         mean=float(difference.mean()),
         sd=float(difference.std(ddof=1)) if difference.size > 1 else float("nan"),
-        interval=bootstrap_mean(difference.mean(axis=0), draws, confidence)["percentile"],
+        interval=t_interval(difference.mean(axis=0), confidence),
         p_value=sign_flip_p_value(difference, seed=seed),
         win_rate=float(np.mean(difference > 0) + 0.5 * np.mean(difference == 0)),
     )
@@ -570,7 +578,8 @@ class PairedClips(NamedTuple):
         mean: Difference of the mean scores over seeds.
         interval: Paired hierarchical bootstrap over clips (or subjects) and seeds.
         p_value: Swap test: the decisions of A and B change places for whole clips (or subjects), all seeds
-            together.
+            together. It takes the trained members as they are: what other seeds would change is in the interval alone,
+            and with few seeds and strong training noise equally good studies differ by it more often than its level.
         probability_a_better: Share of the (centred) replicates in which A is ahead, ties one half.
     """
 

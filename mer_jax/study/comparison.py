@@ -106,7 +106,7 @@ def compare_held_out(a: HeldOut, b: HeldOut, names: tuple[str, str] = ("A", "B")
     fold = np.zeros_like(a.fold) if a.single_subject_folds else a.fold
     scores = [statistics.seed_matrix(a.truth, made, a.mask, fold) for made in decisions]  # (F, S)
     databases = np.unique(a.database).tolist()
-    pairs = statistics.paired_comparison(*scores, len(draws.clips), confidence)
+    pairs = statistics.paired_comparison(*scores, confidence)
     return plain(
         {
             "task": MULTI_CLASS if a.multi_class else MULTI_LABEL,
@@ -241,7 +241,8 @@ def format_comparison(comparison: Mapping[str, Any]) -> str:
     interval = "" if members["seed_ci"] is None else f" {_interval(members['seed_ci'])} over seeds"
     lines += [
         "",
-        f"Training noise alone, on these clips, {over}:",
+        "p (clips) takes the trained members as they are; the intervals beside it also draw seeds.",
+        f"Training noise alone, on these clips at these thresholds, {over}:",
         f"{members['difference']:+.3f}{interval}, sign-flip p = {format_p(members['sign_flip_p_value'])}, "
         f"A ahead in {100 * members['win_rate']:.0f} % of pairs",
     ]

@@ -61,12 +61,11 @@ class Scorer:
 
     def score(self, values: np.ndarray, replicates: np.ndarray) -> dict[str, Any]:
         """A Score: ``(S,)`` values per seed and ``(B,)`` replicates of their mean on new clips."""
-        by_seed = statistics.bootstrap_mean(values, self.draws.seeds, self.confidence)
         return {
             "mean": values.mean(),
             "sd": sd_over_seeds(values),
-            "seed_ci": by_seed["percentile"],
-            "seed_ci_bca": by_seed["bca"],
+            "seed_ci": statistics.t_interval(values, self.confidence, bounds=(0.0, 1.0)),
+            "seed_ci_bca": statistics.bootstrap_mean(values, self.draws.seeds, self.confidence)["bca"],
             "clip_ci": self.clip_interval(replicates, values.mean()),
             "values": values,
         }

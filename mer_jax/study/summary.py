@@ -67,20 +67,23 @@ _DEFINITIONS = {
     "lacks keeps its rule: it counts 0.",
     "values": "One score per seed; the mean is the expected score of one training run, not of an ensemble, at "
     "thresholds that all seeds of a fold share.",
-    "seed_ci": "Bootstrap over seeds: training noise only, for these clips, and without the noise of tuning "
-    "thresholds, which seeds share; percentile, and BCa beside it.",
+    "seed_ci": "Student's t interval over seeds: training noise only, for these clips, and without the noise of tuning "
+    "thresholds, which seeds share. Two or three seeds tell little of their spread, so that it is wide. Beside it the "
+    "bootstrap (BCa), which is too narrow with few seeds.",
     "clip_ci": "Bootstrap over held-out clips (subjects where known) and seeds together: what to trust for "
     "new clips. Trained models and thresholds are kept, so the effect of other training clips is not in it.",
     "ensemble": "Probabilities averaged over the seeds of a fold before anything is decided. Thresholds are "
     "those of single members; a mean varies less, so they are not the best for it.",
     "chance": "The same decisions against labels permuted within each held-out fold; within each database where the "
-    "task is multi-class or each fold is one subject.",
+    "task is multi-class or each fold is one subject. Clips change labels one by one: where those of a subject are "
+    "alike the interval is too narrow and the p-value too small.",
     "variance": "Two-way random effects on the (fold, seed) matrix of macro_f1 by the method of moments, cut off at 0. "
     "Left out where each fold is one subject: the score of a few clips says mostly which classes the subject has.",
     "search": "Where several hyper-parameter settings were tried, each fold's is chosen on inner splits of its "
     "training clips alone, by evaluation.selection over all its seeds, so the honest figures are nested: they score "
     "the choosing, too. Beside them: the config's own values in every fold, and (leaky) the settings that score best "
-    "on the held-out clips themselves.",
+    "on the held-out clips themselves. The p-value of a gain takes the trained members as they are; its interval also "
+    "draws seeds.",
     "seeds_needed": "Seeds for a t interval of the pooled macro_f1 of at most this half width; training noise only.",
 }
 

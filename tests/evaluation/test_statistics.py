@@ -104,6 +104,7 @@ def test_t_interval_equals_scipy(rng):
     expected = stats.ttest_1samp(values, 0).confidence_interval(0.9)
     np.testing.assert_allclose(st.t_interval(values, 0.9), expected)
     assert st.t_interval(values[:1]) is None
+    np.testing.assert_allclose(st.t_interval([0.1, 0.3], bounds=(0, 1)), (0, 1))
 
 
 def test_centred_interval_takes_the_bias_out():
@@ -221,6 +222,8 @@ def test_paired_comparison_of_scores(rng):
     assert pairs.mean == pytest.approx(0.1, abs=0.01)
     assert pairs.interval[0] < pairs.mean < pairs.interval[1]
     assert pairs.win_rate == 1 and pairs.p_value < 0.001
+    expected = stats.ttest_1samp(pairs.difference.mean(axis=0), 0).confidence_interval(0.95)
+    np.testing.assert_allclose(pairs.interval, expected)
     same = st.paired_comparison(b, b)
     assert (same.mean, same.p_value, same.win_rate, same.interval) == (0, 1, 0.5, (0, 0))
     assert st.paired_comparison(b[:1, :1], b[:1, :1]).interval is None

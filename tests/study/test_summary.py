@@ -213,6 +213,17 @@ def test_few_subjects_are_told_of(rng):
         assert any(note.startswith(f"Only {number} subjects") for note in summary["notes"]) == told
 
 
+def test_the_interval_over_few_seeds_is_student_s_and_no_narrower(rng):
+    from scipy.stats import ttest_1samp
+
+    score = summarise(make_results(rng, num_seeds=3), {**QUICK, "confidence": 0.9})["honest"]["macro_f1"]["pooled"]
+    expected = ttest_1samp(score["values"], 0).confidence_interval(0.9)
+    np.testing.assert_allclose(score["seed_ci"], expected)
+    perfect = make_results(rng, num_seeds=2, signal=4.0)
+    for figure in summarise(perfect, QUICK)["honest"]["per_class_f1"].values():
+        assert 0 <= figure["pooled"]["seed_ci"][0] <= figure["pooled"]["seed_ci"][1] <= 1
+
+
 @pytest.mark.parametrize(("value", "text"), [(1.0, "1.0000"), (1 / 2001, "0.0005"), (1 / 100_001, "1e-05")])
 def test_a_p_value_is_never_shown_as_zero(value, text):
     assert format_p(value) == text
