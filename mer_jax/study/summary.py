@@ -71,7 +71,8 @@ _DEFINITIONS = {
     "thresholds, which seeds share. Two or three seeds tell little of their spread, so that it is wide. Beside it the "
     "bootstrap (BCa), which is too narrow with few seeds.",
     "clip_ci": "Bootstrap over held-out clips (subjects where known) and seeds together: what to trust for "
-    "new clips. Trained models and thresholds are kept, so the effect of other training clips is not in it.",
+    "new clips. Trained models and thresholds are kept, so the effect of other training clips is not in it. With two "
+    "or three seeds and strong training noise it is too narrow.",
     "ensemble": "Probabilities averaged over the seeds of a fold before anything is decided. Thresholds are "
     "those of single members; a mean varies less, so they are not the best for it.",
     "chance": "The same decisions against labels permuted within each held-out fold; within each database where the "
