@@ -9,6 +9,7 @@ import numpy as np
 from mer_jax.clips.layouts import LABELS
 from mer_jax.clips.resample import resample_indices
 from mer_jax.errors import UserError
+from mer_jax.progress import progress
 
 MULTI_LABEL = "multi_label"
 MULTI_CLASS = "multi_class"
@@ -246,16 +247,22 @@ def prepare_features(
         features = fixed_steps(
             data.features[modality], data.frame_mask, reference=step["reference"], normalise=step["normalise"]
         )
-        fitted = (maps or {}).get(modality) or [
-            fit_feature_map(
-                features,
-                data.frame_mask,
-                np.flatnonzero((sample_fold >= 0) & (sample_fold != fold)),
-                standardise=step["normalise"] == "standard",
-                reduce=_common_rank(step["reduce"], data, sample_fold, num_folds, features.shape[-1]),
-            )
-            for fold in range(num_folds)
-        ]
+        fitted = (maps or {}).get(modality)
+        if not fitted:
+            reduce = _common_rank(step["reduce"], data, sample_fold, num_folds, features.shape[-1])
+            folds = range(num_folds)
+            if reduce:  # takes seconds a fold
+                folds = progress(folds, desc=f"principal components, {modality}", unit="folds")
+            fitted = [
+                fit_feature_map(
+                    features,
+                    data.frame_mask,
+                    np.flatnonzero((sample_fold >= 0) & (sample_fold != fold)),
+                    standardise=step["normalise"] == "standard",
+                    reduce=reduce,
+                )
+                for fold in folds
+            ]
         if fitted[0] is None:
             prepared[modality], used[modality] = features[None], None
             continue
