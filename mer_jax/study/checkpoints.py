@@ -110,12 +110,13 @@ def _remove_unfinished(directory: Path) -> None:
         shutil.rmtree(rest, ignore_errors=True)
 
 
-def load_tree(directory: Path, abstract: Any) -> Any:
+def load_tree(directory: Path, abstract: Any, remedy: str = "delete this folder and run the same command again") -> Any:
     """Reads what :func:`save_tree` wrote.
 
     Args:
         directory: Where.
         abstract: Tree of ``jax.ShapeDtypeStruct`` with the expected shapes.
+        remedy: What to do where it cannot be read.
 
     Returns:
         The tree.
@@ -132,10 +133,7 @@ def load_tree(directory: Path, abstract: Any) -> Any:
             return tree
         except Exception as error:
             reason = str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
-            raise UserError(
-                f"{directory}: the checkpoint cannot be read ({reason}); delete this folder and run the same command "
-                "again"
-            ) from error
+            raise UserError(f"{directory}: the checkpoint cannot be read ({reason}); {remedy}") from error
 
 
 def _require_shape(expected: jax.ShapeDtypeStruct, array: Any) -> None:

@@ -908,14 +908,15 @@ def _save_maps(workdir: Path, maps: Mapping[str, list[FeatureMap] | None]) -> No
     atomic_savez(workdir / _MAPS, **arrays)
 
 
-def _load_maps(workdir: Path) -> dict[str, list[FeatureMap]]:
+def _load_maps(
+    workdir: Path, remedy: str = "delete it and run the same command again, which fits it anew"
+) -> dict[str, list[FeatureMap]]:
     """What :func:`_save_maps` kept; nothing in a new folder."""
     path = workdir / _MAPS
     if not path.is_file():
         return {}
     fields: dict[str, dict[int, dict[str, np.ndarray]]] = {}
-    again = "delete it and run the same command again, which fits it anew"
-    for key, values in read_arrays(path, again).items():
+    for key, values in read_arrays(path, remedy).items():
         modality, fold, field = key.rsplit("/", 2)
         fields.setdefault(modality, {}).setdefault(int(fold), {"projection": None})[field] = values
     return {modality: [FeatureMap(**folds[fold]) for fold in range(len(folds))] for modality, folds in fields.items()}

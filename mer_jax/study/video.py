@@ -30,6 +30,7 @@ from mer_jax.study.summary import read_evaluation
 from mer_jax.study.train import _load_maps
 from mer_jax.study.validation import input_channels, uses_flow
 
+_AGAIN = "put a copy of it back, or train the study again, in another --workdir"
 _PHASE_NAMES = {ONSET_APEX: "onset to apex", APEX_OFFSET: "apex to offset"}
 # Side at which the picture shows frames, where they hold so much.
 _SHOWN_SIZE = 640
@@ -292,7 +293,7 @@ def run_study(
     Raises:
         UserError: The study takes features that only files hold, or its folder is not whole.
     """
-    maps = _load_maps(Path(workdir))
+    maps = _load_maps(Path(workdir), _AGAIN)
     flow, phases = np.zeros((0, *look.grey.shape[1:], 2), np.float32), ("",)
     if uses_flow(config):
         phases = tuple(config.data.phases)
@@ -451,7 +452,7 @@ def _members_say(
     for number, rows in enumerate(_blocks(workdir, count)):
         size = len(rows)
         block = jax.tree.map(lambda x, size=size: jax.ShapeDtypeStruct((size, *x.shape), x.dtype), abstract)
-        variables = load_tree(workdir / "params" / f"block_{number:04d}", block)
+        variables = load_tree(workdir / "params" / f"block_{number:04d}", block, _AGAIN)
         for place, row in enumerate(rows):
             own = jax.tree.map(lambda x, place=place: x[place], variables)
             said.append(jax.device_get(say(own, jnp.int32(results.member_fold[row]))))

@@ -3,6 +3,7 @@
 import dataclasses
 import importlib.util
 import json
+import shutil
 from pathlib import Path
 
 import jax
@@ -371,6 +372,19 @@ def test_a_run_that_is_not_whole_is_one_line(video, micro_run, tmp_path, name):
     with pytest.raises(UserError, match=name.replace(".", r"\.")) as caught:
         predict_video(run, video)
     assert "\n" not in str(caught.value)
+
+
+def test_damaged_files_of_a_finished_run_are_not_said_to_come_back(video, micro_run, tmp_path):
+    """The same training command would only report a finished run again."""
+    for name in ("params/block_0000", "feature_maps.npz"):
+        run = copied(micro_run, tmp_path / f"without {Path(name).stem}")
+        if (run / name).is_dir():
+            shutil.rmtree(run / name)
+        else:
+            (run / name).write_bytes(b"")
+        with pytest.raises(UserError, match=rf"{name}: .*; put a copy of it back, or train the study again") as caught:
+            predict_video(run, video)
+        assert "\n" not in str(caught.value)
 
 
 def still(path, num_frames):
