@@ -1,10 +1,12 @@
 """Orbax behind one small door: checkpoints of a block of members, and its trained variables."""
 
+import itertools
 import logging
 import os
 import shutil
 import tempfile
 import threading
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -54,9 +56,30 @@ class BlockCheckpoints:
         for old in sorted(self._epochs())[:-_KEPT]:
             shutil.rmtree(self._directory / str(old), ignore_errors=True)
 
-    def restore(self, epoch: int, abstract: Any) -> Any:
-        """Loads the state after ``epoch`` in the shape of ``abstract`` (a tree of ``jax.ShapeDtypeStruct``)."""
-        return load_tree(self._directory / str(epoch), abstract)
+    def restore(self, abstract: Any, warn: Callable[[str], None]) -> tuple[int, Any]:
+        """Loads the newest checkpoint that can be read, of one at least.
+
+        Args:
+            abstract: The shape of its tree, of ``jax.ShapeDtypeStruct``.
+            warn: Told in a line of one that cannot, where there is an older one.
+
+        Returns:
+            The epoch after which it was saved, and the tree.
+
+        Raises:
+            UserError: None of them can be read.
+        """
+        epochs = sorted(self._epochs(), reverse=True)
+        for epoch, older in itertools.pairwise(epochs):
+            try:
+                remedy = f"its members go on from the one before, after epoch {older}"
+                return epoch, load_tree(self._directory / str(epoch), abstract, remedy)
+            except UserError as error:
+                warn(f"warning: {error}")
+        remedy = (
+            f"delete {self._directory} and run the same command again, which trains its members from the first epoch"
+        )
+        return epochs[-1], load_tree(self._directory / str(epochs[-1]), abstract, remedy)
 
     def remove(self) -> None:
         """Removes all of them."""

@@ -719,11 +719,11 @@ class _BlockRunner:
         together, planned = self.together[device], self.epochs.get(device, self._programs.epochs)
         in_parts = functools.partial(over_parts, together, device)
         history = _empty_history(self._size, epochs, plan)
-        epoch = checkpoints.latest() or 0
-        if epoch:
+        epoch = 0
+        if checkpoints.latest():
             state = jax.eval_shape(self._programs.init, arrays, members)
             abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), {"state": state, **history})
-            saved = checkpoints.restore(epoch, abstract)
+            epoch, saved = checkpoints.restore(abstract, say)
             state = saved.pop("state")
             if together >= self._size:
                 state = jax.device_put(state, device)

@@ -1,5 +1,7 @@
 import errno
 import os
+import re
+import shutil
 
 import jax
 import jax.numpy as jnp
@@ -34,7 +36,8 @@ def test_the_two_newest_are_kept_and_come_back(tmp_path):
         checkpoints.save(epoch, tree(float(epoch)))
     assert checkpoints.latest() == 10
     assert sorted(path.name for path in (tmp_path / "block").iterdir()) == ["10", "9"]
-    restored = checkpoints.restore(10, abstract())
+    epoch, restored = checkpoints.restore(abstract(), pytest.fail)
+    assert epoch == 10
     jax.tree.map(np.testing.assert_array_equal, restored, tree(10.0))
     assert restored["state"]["step"].dtype == jnp.int32
     checkpoints.remove()
@@ -49,7 +52,25 @@ def test_a_full_disk_leaves_what_was_there(tmp_path, monkeypatch):
     with pytest.raises(UserError, match=r"block/3: the checkpoint could not be written \(.*No space left on device"):
         checkpoints.save(3, tree(3.0))
     assert sorted(path.name for path in (tmp_path / "block").iterdir()) == ["1", "2"]
-    np.testing.assert_array_equal(checkpoints.restore(2, abstract())["losses"], tree(2.0)["losses"])
+    epoch, restored = checkpoints.restore(abstract(), pytest.fail)
+    np.testing.assert_array_equal(restored["losses"], tree(2.0)["losses"])
+    assert epoch == 2
+
+
+def test_a_checkpoint_that_cannot_be_read_costs_what_came_after_the_one_before(tmp_path):
+    checkpoints = BlockCheckpoints(tmp_path / "block")
+    checkpoints.save(3, tree(3.0))
+    checkpoints.save(7, tree(7.0))
+    shutil.rmtree(tmp_path / "block" / "7" / "d")
+    told = []
+    epoch, restored = checkpoints.restore(abstract(), told.append)
+    np.testing.assert_array_equal(restored["losses"], tree(3.0)["losses"])
+    (line,) = told
+    wanted = r"warning: .*block/7: the checkpoint cannot be read \(.+\); its members go on from .*, after epoch 3"
+    assert epoch == 3 and re.fullmatch(wanted, line)
+    shutil.rmtree(tmp_path / "block" / "3" / "d")
+    with pytest.raises(UserError, match=r"block/3: the checkpoint cannot be read \(.*\); delete .*/block and run"):
+        checkpoints.restore(abstract(), told.append)
 
 
 def test_a_disk_that_is_full_already_never_meets_orbax(tmp_path, monkeypatch):
