@@ -195,7 +195,10 @@ def test_a_diverging_member_is_named_and_harms_no_other(challenge, finished, tra
 
 
 def test_a_full_disk_costs_nothing(challenge, finished, train, tmp_path):
-    """The kernel refuses to write: for a while, which training outlives, then for good; then there is space again."""
+    """The kernel refuses to write: for a while, which training outlives, then for good; then there is space again.
+
+    A checkpoint that was damaged meanwhile costs the epochs since the one before.
+    """
     run = tmp_path / "run"
     full = train(challenge.overrides | EVERY_EPOCH, "run")
 
@@ -217,8 +220,11 @@ def test_a_full_disk_costs_nothing(challenge, finished, train, tmp_path):
     assert line.endswith(("run the same command again", "Earlier checkpoints are intact"))
     kept = checkpoint_epochs(run)
     assert len(kept) == 2 and kept[-1] > reached and not list(run.rglob("*tmp*"))
+    # The same disk has lost a part of the newest checkpoint.
+    shutil.rmtree(run / "checkpoints" / "block_0000" / str(kept[-1]) / "d")
     done = train(challenge.overrides, "run").end()
     assert done.status == 0, done.stderr
+    assert f"its members go on from the one before, after epoch {kept[0]}" in done.stderr
     assert_bitwise_equal(run, finished)
 
 
