@@ -142,8 +142,11 @@ def test_reparametrised_weights(saved, tmp_path):
         weight = state.pop(f"{layer}.weight")
         for number, piece in enumerate(weight.chunk(parts)):
             prefix = f"{layer}.parametrizations.weight.0." + (f"parts.{number}." if parts > 1 else "")
-            u, v = torch.randn(piece.shape[0]), torch.randn(piece.shape[1])
-            norm = u @ piece @ v + 1e-6
+            u = torch.randn(piece.shape[0])
+            v = piece.T @ u + 0.1 * torch.randn(piece.shape[1])
+            # A scale stands for norms above 0.05 alone.
+            v *= (-1) ** number * (0.5 + torch.rand(())) / (u @ piece @ v)
+            norm = u @ piece @ v
             scale = torch.log(torch.exp(norm.abs() - 0.05) - 1)
             u = u * norm.sign()
             state |= {f"{prefix}_u": u, f"{prefix}_v": v, f"{prefix}scale": scale.reshape(1, 1)}
