@@ -133,8 +133,9 @@ def read_arrays(path: str | os.PathLike, remedy: str) -> dict[str, np.ndarray]:
         # NumPy leaves a file that it opened itself open when it is no archive.
         with open(path, "rb") as stream, np.load(stream, allow_pickle=False) as archive:
             return {name: archive[name] for name in archive.files}
-    except (ValueError, EOFError, TypeError, NotImplementedError, zipfile.BadZipFile, zlib.error) as error:
-        # NumPy takes what is no archive for a pickle, and tells how to load that.
+    except (ValueError, EOFError, TypeError, RuntimeError, zipfile.BadZipFile, zlib.error) as error:
+        # NumPy takes what is no archive for a pickle, and tells how to load that; zipfile takes damaged flags at their
+        # word, and asks for a password or a method of compression that it does not have.
         raise UserError(f"{path}: cannot be read (no whole .npz archive); {remedy}") from error
     except OSError as error:
         raise _unreadable(path, error, remedy) from error

@@ -31,7 +31,10 @@ def test_arrays_that_are_damaged_are_one_line_with_the_remedy(tmp_path):
     assert read_arrays(path, "").keys() == {"x"}
     whole, single = path.read_bytes(), tmp_path / "single.npy"
     np.save(single, np.arange(3))
-    for content in (b"", whole[:-100], whole[:40], b"garbage" * 20, single.read_bytes()):
+    flags = whole.index(b"PK\x01\x02") + 8  # in the list of entries
+    locked, packed = bytearray(whole), bytearray(whole)
+    locked[flags], locked[6], packed[flags + 2] = 1, 1, 99
+    for content in (b"", whole[:-100], whole[:40], b"garbage" * 20, single.read_bytes(), locked, packed):
         path.write_bytes(content)
         with pytest.raises(UserError, match=r"a\.npz: cannot be read \(no whole \.npz archive\); delete it$"):
             read_arrays(path, "delete it")

@@ -96,8 +96,7 @@ class Places:
         if not goes_on(self._state).any():
             return None
         self._close_ranks()
-        places = len(goes_on(self._state))
-        width = min(places, self._together)
+        width = min(len(self._members.fold), self._together)
         self._state, watch = over_parts(
             width, self._device, lambda *trees: call(width, *trees), self._members, self._state
         )
