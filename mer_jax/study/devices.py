@@ -9,6 +9,14 @@ from mer_jax.errors import UserError
 from mer_jax.parallel import available_processors
 
 
+def current_platform() -> str:
+    """The kind of device that programs are compiled for here: that of JAX's default device where one is set."""
+    device = jax.config.jax_default_device
+    if device is None:
+        return jax.default_backend()
+    return device if isinstance(device, str) else device.platform
+
+
 def select_devices(platform: str, *, divided: bool = True) -> list[jax.Device]:
     """The devices to work on.
 

@@ -23,6 +23,7 @@ from mer_jax.models.losses import (
 )
 from mer_jax.models.registry import Learner
 from mer_jax.study.adam import adam_update, init_adam
+from mer_jax.study.devices import current_platform
 from mer_jax.study.members import stream
 
 
@@ -279,7 +280,7 @@ def predict_watched(
     A CPU makes better use of a kernel with more of them at a time, and has the memory; maps of convolutions are cut
     into pieces there.
     """
-    batch = recipe.batch_size * (_CPU_WATCHED_BATCHES if jax.default_backend() == "cpu" else 1)
+    batch = recipe.batch_size * (_CPU_WATCHED_BATCHES if current_platform() == "cpu" else 1)
     return predict_samples(learner, variables, arrays, member.fold, member.watched, batch)[0]
 
 
@@ -569,7 +570,7 @@ def make_programs(
     init = jax.vmap(functools.partial(init_member, learner, recipe), in_axes=(None, 0))
     return Programs(
         # It runs once a block, for less time than a CPU's compiler would take to make it fast.
-        init=jax.jit(init, compiler_options=_HURRY if jax.default_backend() == "cpu" else None),
+        init=jax.jit(init, compiler_options=_HURRY if current_platform() == "cpu" else None),
         epochs=jax.jit(epochs, donate_argnums=2),
         finish=jax.jit(finish),
     )

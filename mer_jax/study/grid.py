@@ -23,7 +23,7 @@ from mer_jax.study.grid_rows import GRID_FILENAME, MODALITIES, Row, make_rows, r
 from mer_jax.study.hosts import Group
 from mer_jax.study.results import FILENAME
 from mer_jax.study.summary import write_summary
-from mer_jax.study.train import _load_maps, _show_clips, refuse_busy, say, shuffle_labels, train_study
+from mer_jax.study.train import PROGRAMS, _load_maps, _show_clips, refuse_busy, say, shuffle_labels, train_study
 from mer_jax.study.validation import validate_study
 from mer_jax.study.workdir import check_data, check_workdir, start_workdir
 
@@ -224,6 +224,7 @@ def _train_rows(
             data and _of_row(data, row),
             _maps_of_others(workdir, row, configs),
             group,
+            workdir / PROGRAMS,
         )
         if status:
             return status

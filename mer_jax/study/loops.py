@@ -14,6 +14,7 @@ import jax
 from ml_collections import ConfigDict
 
 from mer_jax.models.registry import CONVOLUTIONAL
+from mer_jax.study.devices import current_platform
 
 OPTIONS = "xla_backend_extra_options"
 MERGED = "xla_cpu_use_multi_output_fusion"
@@ -50,7 +51,7 @@ def _jax_is_running() -> bool:
 @functools.cache
 def loops_are_merged() -> bool:
     """Whether a CPU's compiler does so in this process: it is asked for a program of two outputs and looked at."""
-    if jax.default_backend() != "cpu":
+    if current_platform() != "cpu":
         return False
     numbers = jax.ShapeDtypeStruct((64, 64), "float32")
     program = jax.jit(lambda x, y: (2.0 * x + y, 3.0 * x - y)).lower(numbers, numbers).compile().as_text()

@@ -1,9 +1,11 @@
 """How many members fit on a device: what their compiled program asks for, against what the device has."""
 
 import concurrent.futures
+import contextlib
 import dataclasses
 import functools
 import os
+import threading
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
@@ -15,6 +17,8 @@ from mer_jax.study import engine
 # Of what is free: the rest is for batches of predictions, checkpoints on their way out, and fragments.
 _SHARE = 0.8
 _OUT_OF_MEMORY = "RESOURCE_EXHAUSTED"
+_BY_TIMING = ("gpu",)
+_COMPILING = threading.Lock()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,6 +84,11 @@ def is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, jax.errors.JaxRuntimeError) and _OUT_OF_MEMORY in str(error)
 
 
+def compiles_by_timing(platform: str) -> bool:
+    """Whether a platform's compiler times several ways of a product: which one wins, with its last bits, is chance."""
+    return platform in _BY_TIMING
+
+
 def plan_memory(
     programs: engine.Programs,
     arrays: engine.Arrays,
@@ -136,21 +145,36 @@ def compile_epochs(
     data = jax.eval_shape(lambda tree: tree, arrays)  # in the types that a device has
     members = jax.tree.map(lambda x: jax.ShapeDtypeStruct((together, *x.shape), x.dtype), member)
     states = jax.eval_shape(programs.init, data, members)
-    numbers = jax.ShapeDtypeStruct((epochs_per_call,), np.int32)
-    leaves, structure = jax.tree.flatten((data, members, states, numbers))
-    described = (structure, tuple((leaf.shape, leaf.dtype) for leaf in leaves))
+    arguments = (data, members, states, jax.ShapeDtypeStruct((epochs_per_call,), np.int32))
     with concurrent.futures.ThreadPoolExecutor(len(devices)) as pool:
-        compiled = pool.map(lambda device: _compiled(programs.epochs, device, *described), devices)
+        compiled = pool.map(lambda device: compile_one(programs.epochs, device, arguments), devices)
         return dict(zip(devices, compiled, strict=True))
+
+
+def compile_one(program: Callable, device: jax.Device, arguments: tuple) -> jax.stages.Compiled:
+    """Compiles a jitted function for a device, or finds what was compiled for such arguments before.
+
+    Where a compiler chooses by timing, one thread at a time has it compile, so that the next one takes the same choice
+    from the folder that keeps programs, and members have the same bits on every device.
+
+    Args:
+        program: The function.
+        device: Where it is to run.
+        arguments: Trees of arrays, or of their shapes and types.
+    """
+    leaves, structure = jax.tree.flatten(arguments)
+    described = (structure, tuple((leaf.shape, leaf.dtype) for leaf in leaves))
+    with _COMPILING if compiles_by_timing(device.platform) else contextlib.nullcontext():
+        return _compiled(program, device, *described)
 
 
 # Rows of a grid ask for one program again and again.
 @functools.lru_cache(maxsize=64)
-def _compiled(epochs: Callable, device: jax.Device, structure, leaves: tuple) -> jax.stages.Compiled:
+def _compiled(program: Callable, device: jax.Device, structure, leaves: tuple) -> jax.stages.Compiled:
     place = jax.sharding.SingleDeviceSharding(device)
     arguments = [jax.ShapeDtypeStruct(shape, dtype, sharding=place) for shape, dtype in leaves]
     with jax.default_device(device):
-        return epochs.lower(*jax.tree.unflatten(structure, arguments)).compile()
+        return program.lower(*jax.tree.unflatten(structure, arguments)).compile()
 
 
 def needed_bytes(compiled: jax.stages.Compiled) -> int:

@@ -14,11 +14,12 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import jax
 import numpy as np
+from jax.experimental.compilation_cache import compilation_cache
 from ml_collections import ConfigDict
 
 from mer_jax.errors import EXIT_USER_ERROR, UserError
@@ -49,7 +50,14 @@ from mer_jax.study.held_out import resolve_evaluation
 from mer_jax.study.hosts import Group, LostProcess
 from mer_jax.study.loops import MERGED, NOT_MERGED, OPTIONS, loops_are_merged
 from mer_jax.study.members import HYPER_NAMES, Member, make_members, member_key
-from mer_jax.study.memory import MemoryPlan, free_bytes, is_out_of_memory, plan_memory
+from mer_jax.study.memory import (
+    MemoryPlan,
+    compile_one,
+    compiles_by_timing,
+    free_bytes,
+    is_out_of_memory,
+    plan_memory,
+)
 from mer_jax.study.places import Places, over_parts
 from mer_jax.study.results import FILENAME, StudyResults
 from mer_jax.study.search import draw_candidates
@@ -70,6 +78,7 @@ _SHARED_SECONDS = 90.0
 _WORTH_COMPILING = 0.1
 _MAPS = "feature_maps.npz"
 _BLOCKS = "blocks.json"
+PROGRAMS = "programs"
 _HISTORY = ("train_loss", "inner_loss", "heldout_loss")
 
 
@@ -114,6 +123,7 @@ def train_study(
     data: StudyData | None = None,
     maps: Mapping[str, list[FeatureMap]] | None = None,
     group: Group | None = None,
+    programs: Path | None = None,
 ) -> int:
     """Trains one study, or goes on with it.
 
@@ -125,6 +135,7 @@ def train_study(
         data: The data set where it is in memory; None to build or find it.
         maps: Modality to maps that another study fitted on the same training folds, for a run that has none yet.
         group: As in :func:`train`.
+        programs: Folder that keeps what was compiled for GPUs, for studies that share it; the run's own by default.
 
     Returns:
         0, or 128 + the number of a signal that came; the study may be finished nonetheless.
@@ -139,8 +150,9 @@ def train_study(
     if config.study.compile_cache:
         jax.config.update("jax_compilation_cache_dir", config.study.compile_cache)
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+    programs = programs or workdir / PROGRAMS
     if not group.leads:
-        return _train_along(config, workdir, group, data)
+        return _train_along(config, workdir, group, data, programs)
     check_workdir(config, workdir)
     status = 0
     with exclusive(workdir, functools.partial(refuse_busy, workdir)):
@@ -159,7 +171,7 @@ def train_study(
             # Only now: a first run that its input stopped binds the folder to nothing.
             start_workdir(config, workdir, overrides)
             check_data(workdir, data)
-            status = _train_members(config, workdir, plan, learner, devices, group)
+            status = _train_members(config, workdir, plan, learner, devices, group, programs)
         else:
             group.tell("ready", finished=True)
         if not status or (workdir / FILENAME).is_file():
@@ -168,7 +180,7 @@ def train_study(
     return status
 
 
-def _train_along(config: ConfigDict, workdir: Path, group: Group, data: StudyData | None) -> int:
+def _train_along(config: ConfigDict, workdir: Path, group: Group, data: StudyData | None, programs: Path) -> int:
     """:func:`train_study` in all processes but the first, which prepares the folder and writes the results."""
     devices = worker_devices(config.platform)
     _tell_devices(group, devices)
@@ -180,7 +192,7 @@ def _train_along(config: ConfigDict, workdir: Path, group: Group, data: StudyDat
         plan = make_plan(config, data, _load_maps(workdir))
         model = json.dumps(config.model.to_dict())
         learner = _learner(model, input_channels(config), len(data.label_names), devices[0].platform)
-        status = _train_members(config, workdir, plan, learner, devices, group)
+        status = _train_members(config, workdir, plan, learner, devices, group, programs)
         if status:
             return status
     group.wait("finished", [0])
@@ -434,7 +446,8 @@ def planned_fields(plan: Plan) -> dict[str, np.ndarray]:
 def block_size(num_members: int, num_devices: int, device_kind: str, wanted: int) -> int:
     """How many members one compiled call trains.
 
-    On a CPU it does not depend on the number of devices, so neither does any result, to the last bit.
+    On a CPU it does not depend on the number of devices, so neither does any result, to the last bit. Other devices
+    share the members evenly, in as few calls as do: a place that is filled up costs as much as one that trains.
 
     Args:
         num_members: Members of the study.
@@ -450,7 +463,8 @@ def block_size(num_members: int, num_devices: int, device_kind: str, wanted: int
     if device_kind == "cpu":
         blocks = -(-num_members // _CPU_BLOCK)
         return -(-num_members // blocks)
-    return min(_ACCELERATOR_BLOCK, -(-num_members // num_devices))
+    rounds = -(-num_members // (num_devices * _ACCELERATOR_BLOCK))
+    return -(-num_members // (num_devices * rounds))
 
 
 def _settled_block_size(workdir: Path, chosen: int | None, platform: str) -> int:
@@ -494,8 +508,42 @@ class _Stopped(Exception):
     """A signal asked to stop; the block's checkpoint is saved."""
 
 
+@contextlib.contextmanager
+def _kept_programs(folder: Path, platform: str) -> Iterator[None]:
+    """Keeps what is compiled where a compiler chooses by chance: a resumed run, and every device, takes the same.
+
+    A folder that the user has chosen, by the config or by JAX's own options, keeps them as well, and stays.
+    """
+    if not compiles_by_timing(platform) or jax.config.jax_compilation_cache_dir:
+        yield
+        return
+    least = jax.config.jax_persistent_cache_min_compile_time_secs
+    jax.config.update("jax_compilation_cache_dir", str(folder))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+    compilation_cache.reset_cache()  # JAX asks but once whether there is a folder
+    try:
+        yield
+    finally:
+        jax.config.update("jax_compilation_cache_dir", None)
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", least)
+        compilation_cache.reset_cache()
+
+
 def _train_members(
-    config: ConfigDict, workdir: Path, plan: Plan, learner: Learner, devices: Sequence[jax.Device], group: Group
+    config: ConfigDict,
+    workdir: Path,
+    plan: Plan,
+    learner: Learner,
+    devices: Sequence[jax.Device],
+    group: Group,
+    programs: Path,
+) -> int:
+    with _kept_programs(programs, devices[0].platform):
+        return _train_on(devices, config, workdir, plan, learner, group)
+
+
+def _train_on(
+    devices: Sequence[jax.Device], config: ConfigDict, workdir: Path, plan: Plan, learner: Learner, group: Group
 ) -> int:
     platform, num_members = devices[0].platform, len(plan.members)
     one_by_one = platform == "cpu"
@@ -532,6 +580,8 @@ def _train_members(
         size = _settled_block_size(workdir, wanted, platform)
         blocks = _blocks(num_members, size)
         _gather_metrics(workdir, plan, blocks)
+        if compiles_by_timing(platform) and (memory is None or memory.together != size):
+            memory = fit(size)  # before the other processes, which take what it has compiled
         group.tell("ready", finished=False)
     else:
         size = _settled_block_size(workdir, None, platform)
@@ -716,7 +766,8 @@ class _BlockRunner:
         # The last block is filled up with copies of its first member, so that all blocks run the same program.
         padded = [*rows, *[rows[0]] * (self._size - len(rows))]
         members = jax.device_put(engine.stack_members([plan.inputs[row] for row in padded]), device)
-        together, planned = self.together[device], self.epochs.get(device, self._programs.epochs)
+        together = self.together[device]
+        planned = self.epochs.get(device, self._compiled(self._programs.epochs, device))
         in_parts = functools.partial(over_parts, together, device)
         history = _empty_history(self._size, epochs, plan)
         epoch = 0
@@ -729,7 +780,7 @@ class _BlockRunner:
                 state = jax.device_put(state, device)
             history = {name: np.array(values) for name, values in saved.items()}
         else:
-            state = in_parts(functools.partial(self._programs.init, arrays), members)
+            state = in_parts(functools.partial(self._compiled(self._programs.init, device), arrays), members)
             copies = np.arange(self._size) >= len(rows)
             state = state.replace(stopped=state.stopped | copies)  # they take no time
         self._forget_after([plan.members[row].id for row in rows], epoch)
@@ -743,7 +794,7 @@ class _BlockRunner:
             numbers = jax.device_put(np.arange(epoch + 1, epoch + 1 + stride, dtype=np.int32), device)
 
             def call(width, members, state, numbers=numbers):
-                train_epochs = planned if width == together else self._programs.epochs
+                train_epochs = planned if width == together else self._compiled(self._programs.epochs, device)
                 return train_epochs(arrays, members, state, numbers)
 
             trained = places.train(call)
@@ -763,9 +814,16 @@ class _BlockRunner:
                     checkpoints.save(epoch, {"state": jax.device_get(places.joined()), **history})
         state = places.joined()
         self._count(number, len(rows) * epochs, trained=False)
-        results = in_parts(functools.partial(self._programs.finish, arrays), members, state)
+        finish = functools.partial(self._compiled(self._programs.finish, device), arrays)
+        results = in_parts(finish, members, state)
         self._save_block(number, rows, results, state, history)
         checkpoints.remove()
+
+    def _compiled(self, program: Callable, device: jax.Device) -> Callable:
+        """The program, compiled before its call where one thread must not compile beside another."""
+        if not compiles_by_timing(device.platform):
+            return program
+        return lambda *arguments: compile_one(program, device, arguments)(*arguments)
 
     def _save_block(self, number, rows, results, state, history) -> None:
         results = {name: np.asarray(value)[: len(rows)] for name, value in results.items()}

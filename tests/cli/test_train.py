@@ -168,6 +168,36 @@ def test_the_number_of_devices_changes_no_bit_of_optimised_programs(challenge, f
     assert_bitwise_equal(tmp_path / "1", tmp_path / "4")
 
 
+def test_programs_that_a_compiler_chooses_by_timing_stay_with_the_run(challenge, finished, train, door, tmp_path):
+    """As on a GPU, of which a CPU takes the place here; a stopped run goes on with the programs that it began with."""
+    script = tmp_path / "by_timing.py"
+    script.write_text(
+        "import runpy, sys\n"
+        f"sys.path.insert(0, {str(ROOT)!r})\n"
+        "from mer_jax.study import memory\n"
+        "memory._BY_TIMING = ('cpu',)\n"
+        f"runpy.run_path({str(ROOT / 'scripts' / 'train.py')!r}, run_name='__main__')\n"
+    )
+    fields = challenge.overrides | EVERY_EPOCH | {"study.compile_cache": ""}
+    arguments = [f"--config={FUSION}", *(f"--config.{name}={value}" for name, value in fields.items())]
+
+    def kept():
+        return {path.name: path.read_bytes() for path in (tmp_path / "run" / "programs").glob("*-cache")}
+
+    stopped = door(script, *arguments, "--workdir=run", devices=2)
+    stopped.wait_for(lambda: epochs_seen(tmp_path / "run") >= 4)
+    stopped.stop(signal.SIGTERM)
+    before = kept()
+    assert sum(name.startswith("jit_epochs") for name in before) == 2, before.keys()  # one a device
+    done = door(script, *arguments, "--workdir=run", devices=2).end()
+    assert done.status == 0, done.stderr
+    assert_bitwise_equal(tmp_path / "run", finished)
+    after = kept()
+    assert {name: after[name] for name in before} == before  # nothing was compiled again
+    assert not any(name.startswith("jit_epochs") for name in after.keys() - before.keys())
+    assert not (finished / "programs").exists()
+
+
 def test_a_member_alone_equals_itself_among_others(challenge, finished, train, tmp_path):
     alone = {"study.only_folds": (1,), "study.num_seeds": 1, "study.first_seed": 1, "evaluation.thresholds": "fixed"}
     done = train(challenge.overrides | alone, "alone").end()

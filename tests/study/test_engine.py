@@ -368,7 +368,9 @@ def test_cpu_blocks_do_not_depend_on_the_number_of_devices(devices):
 
 def test_accelerators_share_the_members():
     assert block_size(300, 4, "gpu", 0) == 75
-    assert block_size(3000, 4, "gpu", 0) == 128
+    assert block_size(300, 1, "gpu", 0) == 100
+    assert block_size(3000, 4, "gpu", 0) == 125
+    assert block_size(129, 1, "tpu", 0) == 65
 
 
 def test_schedule_rises_then_falls_to_nothing():
