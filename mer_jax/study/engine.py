@@ -542,12 +542,16 @@ def make_programs(
         learner: The model.
         recipe: The recipe.
         num_steps: Steps an epoch of the study's largest training fold.
-        last_batch: As in :func:`train_epoch`.
+        last_batch: As in :func:`train_epoch`; made an eighth of a full one, or several, for vectorised members.
         one_by_one: Whether a block's members take turns instead of being vectorised.
 
     Returns:
         The programs.
     """
+    if not one_by_one:
+        # Accelerators cut long sums over samples into equal parts, and would copy all maps to make them equal.
+        unit = max(1, recipe.batch_size // 8)
+        last_batch = min(-(-last_batch // unit) * unit, recipe.batch_size)
 
     def epochs(arrays, members, states, numbers):
         def one(member, state, epoch):
