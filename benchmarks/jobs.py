@@ -27,7 +27,7 @@ from mer_jax.study.engine import Arrays, MemberInputs, Programs, make_programs, 
 from mer_jax.study.train import Plan, block_size, make_plan
 from mer_jax.study.validation import input_channels
 
-MODELS = ("fusion", "fusion_frame", "micro_attnet", "ststnet")
+MODELS = ("fusion", "fusion_frame", "micro_attnet", "micro_attnet_224", "ststnet")
 WIDTHS = {"appearance": 1536, "geometry": 171}
 """Values a frame: RADIO and FaceVerse, as in the fusion paper."""
 
@@ -72,8 +72,8 @@ def make_job(name: str, members: int, epochs: int) -> Job:
 
     ``fusion`` is the fusion paper's: 100 clips in two views, 18 frames of 1536 + 171 values, d_k 256, 8 queries a
     modality, batches of 16, three folds; ``fusion_frame`` the same with a dropout mask for every frame.
-    ``micro_attnet``: 400 samples of 64 x 64 pixels, batches of 32, three folds. ``ststnet``: 442 samples of 28 x 28
-    pixels and 68 subjects, one left out at a time, batches of 256.
+    ``micro_attnet``: 400 samples of 64 x 64 pixels, batches of 32, three folds; ``micro_attnet_224`` the same of
+    224 x 224. ``ststnet``: 442 samples of 28 x 28 pixels and 68 subjects, one left out at a time, batches of 256.
 
     Args:
         name: One of ``MODELS``.
@@ -90,9 +90,10 @@ def make_job(name: str, members: int, epochs: int) -> Job:
         features = {"flow": rng.uniform(0, 255, (clips, 28, 28, 3)).astype(np.float32)}
     else:
         labels = (rng.random((clips, 5)) < (0.4, 0.2, 0.2, 0.3, 0.2)).astype(np.int8)
-        if name == "micro_attnet":
+        if name.startswith("micro_attnet"):
             config, phases = micro_attnet.get_config(), ("onset_apex", "apex_offset")
-            features = {"flow": rng.normal(size=(clips * 4, 64, 64, 3)).astype(np.float32)}
+            side = 224 if name == "micro_attnet_224" else 64
+            features = {"flow": rng.standard_normal((clips * 4, side, side, 3), np.float32)}
         else:
             config = fusion.get_config()
             config.data.num_frames = 18

@@ -128,10 +128,16 @@ def make_network(job: Job) -> nn.Module:
     train, model = job.config.train, job.config.model
     if job.name == "ststnet":
         return TorchSTSTNet(train.dropout)
-    if job.name == "micro_attnet":
+    if job.name.startswith("micro_attnet"):
         size = job.plan.arrays.inputs["flow"].shape[2]
         return TorchMicroAttNet(model, size, train.dropout, train.feature_dropout)
     return TorchFusion(model, job.plan.arrays.labels.shape[1], train.dropout, train.feature_dropout)
+
+
+def round_factors(precision: str) -> None:
+    """Has PyTorch round factors on a GPU as ``config.train.matmul_precision`` says; convolutions know TF32 alone."""
+    torch.set_float32_matmul_precision({"float32": "highest", "tensorfloat32": "high", "bfloat16": "medium"}[precision])
+    torch.backends.cudnn.allow_tf32 = precision != "float32"
 
 
 def _device() -> torch.device:

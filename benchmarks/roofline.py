@@ -252,7 +252,7 @@ def layers_of(job: Job, batch: float) -> list[Layer]:
     num_classes = job.plan.arrays.labels.shape[1]
     if job.name == "ststnet":
         return ststnet_layers(batch, inputs["flow"].shape[2], num_classes)
-    if job.name == "micro_attnet":
+    if job.name.startswith("micro_attnet"):
         return micro_attnet_layers(model, batch, inputs["flow"].shape[2], num_classes)
     frames = next(iter(inputs["features"].values())).shape[2]
     return fusion_layers(model, batch, frames, num_classes)
@@ -265,7 +265,7 @@ def mask_values(job: Job, batch: float) -> float:
     if job.name == "ststnet":
         pooled = (inputs["flow"].shape[2] + 1) // 3 + 1
         return batch * 16 * pooled**2
-    if job.name == "micro_attnet":
+    if job.name.startswith("micro_attnet"):
         return batch * (3 * sum(model.features) + model.hidden_dim)
     features = inputs["features"].values()
     frames = 1 if model.feature_dropout_kind == "clip" else next(iter(features)).shape[2]

@@ -34,6 +34,7 @@ from mer_jax.cli import open_door
 from mer_jax.models.registry import CONVOLUTIONAL
 from mer_jax.parallel import available_processors
 from mer_jax.study.devices import worker_devices
+from mer_jax.study.engine import MATMUL_PRECISIONS
 from mer_jax.study.loops import merge_loops
 
 COUNTS = (1, 10, 30, 100, 300)
@@ -48,6 +49,7 @@ TITLES = {
     "fusion": "Fusion, one mask a clip",
     "fusion_frame": "Fusion, one mask a frame",
     "micro_attnet": "MicroAttNet 64 x 64",
+    "micro_attnet_224": "MicroAttNet 224 x 224",
     "ststnet": "STSTNet 28 x 28",
 }
 
@@ -58,11 +60,12 @@ def _job_of(given: argparse.Namespace, name: str, members: int, way: str) -> Job
     return make_job(name, members, given.epochs).first(min(members, most))
 
 
-def _turn_of(way: str, job: Job) -> Callable[[], None]:
+def _turn_of(way: str, job: Job, precision: str) -> Callable[[], None]:
     if way in ("study", "single"):
         return {"study": study_way, "single": single_way}[way](job)
     from benchmarks import peers  # a process that only measures this software's memory never loads PyTorch
 
+    peers.round_factors(precision)
     return {"pytorch": peers.pytorch_way, "vmap": peers.vmap_way}[way](job)
 
 
@@ -72,7 +75,9 @@ def measure(given: argparse.Namespace, name: str) -> Iterator[dict]:
     # A loop trains the same few members, however many others the study has.
     keys = {place: (place[1], len(job.plan.members)) for place, job in jobs.items()}
     different = {keys[place]: job for place, job in jobs.items()}
-    first, times = take_turns({key: _turn_of(key[0], job) for key, job in different.items()}, given.repeats)
+    first, times = take_turns(
+        {key: _turn_of(key[0], job, given.precision) for key, job in different.items()}, given.repeats
+    )
     told = {}
     for (way, members), job in different.items():
         milliseconds = [each / job.member_steps * 1e3 for each in times[way, members]]
@@ -102,6 +107,7 @@ def measure_peaks(given: argparse.Namespace, name: str) -> Iterator[dict]:
         for way in given.ways:
             shared = ["--members", str(members), "--epochs", str(given.epochs), "--stack", str(given.stack)]
             shared += ["--loop_members", str(given.loop_members), "--cache", given.cache]
+            shared += ["--precision", given.precision]
             row["gib"][way] = peak_gib_of(__file__, ["--models", name, "--ways", way, "--only", *shared])
             print(f"{name}, {members} members, {way}: {row['gib'][way]:.2f} GiB at the peak", flush=True)
         yield row
@@ -268,7 +274,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         arguments: The command line without the program's name; the process's own unless given.
     """
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
-    parser.add_argument("--models", nargs="+", default=list(MODELS), choices=MODELS)
+    usual = [name for name in MODELS if name != "micro_attnet_224"]  # which is for accelerators
+    parser.add_argument("--models", nargs="+", default=usual, choices=MODELS)
     parser.add_argument("--members", nargs="+", type=int, default=list(COUNTS))
     parser.add_argument("--ways", nargs="+", default=list(WAYS), choices=WAYS)
     parser.add_argument("--repeats", type=int, default=5, help="turns of each way (default: %(default)s)")
@@ -277,6 +284,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--stack", type=int, default=30, help="most members of torch.func's stack")
     parser.add_argument("--phases", action="store_true", help="the machine and each phase's floor instead")
     parser.add_argument("--peaks", action="store_true", help="peak memory of each way in its own process instead")
+    parser.add_argument(
+        "--precision",
+        default="float32",
+        choices=list(MATMUL_PRECISIONS),
+        help="what factors of matrix products are rounded to on a GPU, ours and PyTorch's (default: %(default)s)",
+    )
     parser.add_argument("--cache", default="", help="folder that keeps compiled programs between runs")
     parser.add_argument("--json", type=Path, help="append what was measured to this file")
     parser.add_argument("--tables", type=Path, help="measure nothing; print the tables of such a file")
@@ -295,14 +308,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
         for name in given.models:
             subprocess.run([sys.executable, __file__, *(arguments or sys.argv[1:]), "--models", name], check=True)
         return
-    jax.config.update("jax_default_matmul_precision", "highest")
+    jax.config.update("jax_default_matmul_precision", MATMUL_PRECISIONS[given.precision])
     if given.models[0] not in CONVOLUTIONAL:
         merge_loops()
     if given.cache:
         jax.config.update("jax_compilation_cache_dir", given.cache)
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     if given.only:
-        _turn_of(given.ways[0], _job_of(given, given.models[0], given.members[0], given.ways[0]))()
+        _turn_of(given.ways[0], _job_of(given, given.models[0], given.members[0], given.ways[0]), given.precision)()
         print(json.dumps({"peak_gib": own_peak_gib()}))
         return
     print(_machine_line())

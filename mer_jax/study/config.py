@@ -10,7 +10,7 @@ from mer_jax.errors import UserError
 from mer_jax.evaluation.thresholds import TUNED_MODES
 from mer_jax.fields import SECTION, TEXT, Kind, Kinds, check_fields, number, numbers, one_of, several, whole
 from mer_jax.study.adam import OPTIMISERS
-from mer_jax.study.engine import SCHEDULES
+from mer_jax.study.engine import MATMUL_PRECISIONS, SCHEDULES
 from mer_jax.study.held_out import resolve_evaluation
 from mer_jax.study.members import HYPER_NAMES
 from mer_jax.study.search import RANGES, validate_search
@@ -56,6 +56,8 @@ def base_config() -> ConfigDict:
     config.train.focal_gamma = 2.0  # exponent of 'focal'
     # 'balanced': negatives over positives (or inverse class frequencies) of the member's training samples.
     config.train.class_weights = "none"
+    # What an accelerator rounds the factors of matrix products to: 'float32', 'tensorfloat32' or 'bfloat16'.
+    config.train.matmul_precision = "float32"
     config.train.patience = 0  # epochs without a better inner loss before stopping; 0 trains all, keeps the last
 
     config.grid = ConfigDict(
@@ -125,6 +127,7 @@ SHARED: Kinds = {
         "loss": one_of(("bce", "focal")),
         "focal_gamma": number(),
         "class_weights": one_of(("none", "balanced")),
+        "matmul_precision": one_of(tuple(MATMUL_PRECISIONS)),
         "patience": whole(0),
     },
     "grid": {name: numbers(0, 1) if "dropout" in name else numbers() for name in HYPER_NAMES},

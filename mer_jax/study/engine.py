@@ -147,6 +147,8 @@ _CPU_WATCHED_BATCHES = 4
 _LARGE_KERNEL = 1 << 14  # elements
 
 SCHEDULES = ("cosine", "constant")
+MATMUL_PRECISIONS = {"float32": "highest", "tensorfloat32": "tensorfloat32", "bfloat16": "BF16_BF16_F32"}
+"""What the factors of matrix products are rounded to, and JAX's name for it; sums and all else are in float32."""
 
 
 def sample_losses(

@@ -163,14 +163,16 @@ def compile_one(program: Callable, device: jax.Device, arguments: tuple) -> jax.
         arguments: Trees of arrays, or of their shapes and types.
     """
     leaves, structure = jax.tree.flatten(arguments)
-    described = (structure, tuple((leaf.shape, leaf.dtype) for leaf in leaves))
+    precision = jax.config.jax_default_matmul_precision
+    described = (precision, structure, tuple((leaf.shape, leaf.dtype) for leaf in leaves))
     with _COMPILING if compiles_by_timing(device.platform) else contextlib.nullcontext():
         return _compiled(program, device, *described)
 
 
 # Rows of a grid ask for one program again and again.
 @functools.lru_cache(maxsize=64)
-def _compiled(program: Callable, device: jax.Device, structure, leaves: tuple) -> jax.stages.Compiled:
+def _compiled(program: Callable, device: jax.Device, precision: str, structure, leaves: tuple) -> jax.stages.Compiled:
+    del precision  # JAX's own setting, which programs depend on
     place = jax.sharding.SingleDeviceSharding(device)
     arguments = [jax.ShapeDtypeStruct(shape, dtype, sharding=place) for shape, dtype in leaves]
     with jax.default_device(device):

@@ -146,7 +146,7 @@ def train_study(
     group = group or Group()
     group.begin()
     validate_study(config)
-    jax.config.update("jax_default_matmul_precision", "highest")
+    jax.config.update("jax_default_matmul_precision", engine.MATMUL_PRECISIONS[config.train.matmul_precision])
     if config.study.compile_cache:
         jax.config.update("jax_compilation_cache_dir", config.study.compile_cache)
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
@@ -159,7 +159,7 @@ def train_study(
         for stale in workdir.glob(f".*{TEMPORARY_SUFFIX}"):  # left by a kill
             stale.unlink()
         if not (workdir / FILENAME).is_file():
-            devices = worker_devices(config.platform)
+            devices = _training_devices(config)
             data = data or load_data(config)
             # Before any training: thresholds that do not suit the labels would be refused only after it.
             resolve_evaluation(config.evaluation.to_dict(), data.label_names, data.task == MULTI_CLASS)
@@ -182,7 +182,7 @@ def train_study(
 
 def _train_along(config: ConfigDict, workdir: Path, group: Group, data: StudyData | None, programs: Path) -> int:
     """:func:`train_study` in all processes but the first, which prepares the folder and writes the results."""
-    devices = worker_devices(config.platform)
+    devices = _training_devices(config)
     _tell_devices(group, devices)
     if not group.wait("ready", [0])[0]["finished"]:
         _await_files(workdir, [workdir / "config.json", workdir / _BLOCKS])
@@ -197,6 +197,17 @@ def _train_along(config: ConfigDict, workdir: Path, group: Group, data: StudyDat
             return status
     group.wait("finished", [0])
     return 0
+
+
+def _training_devices(config: ConfigDict) -> list[jax.Device]:
+    """The device of every thread that trains; refuses what a CPU would pass over in silence."""
+    devices, precision = worker_devices(config.platform), config.train.matmul_precision
+    if devices[0].platform == "cpu" and precision != "float32":
+        raise UserError(
+            f"config.train.matmul_precision={precision!r}: a CPU multiplies in float32; set it to 'float32', or "
+            "config.platform to an accelerator"
+        )
+    return devices
 
 
 def _tell_devices(group: Group, devices: Sequence[jax.Device]) -> None:

@@ -335,6 +335,8 @@ def test_an_absent_accelerator_is_one_line(challenge, train, told, tmp_path):
     done = train(challenge.overrides, "run", JAX_PLATFORMS="cuda").end()
     assert "JAX_PLATFORMS='cuda': no such device on this machine" in done.error
     assert not (tmp_path / "run" / "config.json").exists()
+    line = told(challenge.overrides | {"train.matmul_precision": "bfloat16"})
+    assert "config.train.matmul_precision='bfloat16': a CPU multiplies in float32; set it to 'float32', or" in line
 
 
 def test_another_config_is_refused_with_both_values(challenge, copy, told):

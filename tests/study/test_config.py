@@ -23,6 +23,7 @@ def test_the_defaults_are_valid():
         ("study.only_folds", (-1,), "config.study.only_folds=(-1,): must be numbers of folds"),
         ("train.dropout", 1.0, "config.train.dropout=1.0: must be a number in [0, 1)"),
         ("train.learning_rate", float("nan"), "config.train.learning_rate=nan: must be a number of at least 0"),
+        ("train.matmul_precision", "half", "config.train.matmul_precision='half': must be one of 'float32', 'tensorf"),
         ("train.loss", "mse", "config.train.loss='mse': must be one of 'bce', 'focal'"),
         ("grid.dropout", (0.1, 1.5), "config.grid.dropout=(0.1, 1.5): must be numbers in [0, 1)"),
         ("grid.learning_rate", (1e-3, -1.0), "config.grid.learning_rate=(0.001, -1.0): must be numbers of at least 0"),
