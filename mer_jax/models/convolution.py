@@ -12,6 +12,8 @@ element-wise loops, which stay fast under both. Three choices carry the speed:
 * **A few samples at a time.** The large map between convolution and pooling is never stored: some samples' maps are
   computed, summed up and pooled while they are in the cache of a CPU core, and computed again for the gradient. What
   cores do side by side would otherwise wait for memory.
+
+That is how a CPU does it; :mod:`mer_jax.models.tiles` does the same for accelerators.
 """
 
 import functools
@@ -22,6 +24,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+
+from mer_jax.models import tiles
 
 _LEAST_TOGETHER = 8  # samples; they fill a vector register
 _STRIPS = 4  # of a map, at least, that are added up before they are summed
@@ -39,8 +43,6 @@ def patches(x: jax.Array, size: int, padding: int) -> jax.Array:
         ``(k, k, C, H', W', B)`` with ``H' = H + 2 padding - k + 1``.
     """
     x = jnp.pad(x, ((0, 0), (padding, padding), (padding, padding), (0, 0)))
-    # Elsewhere what x is made of would be made anew for every slice, and all slices written before they are joined.
-    x = jax.lax.platform_dependent(x, cpu=lambda x: x, default=jax.lax.optimization_barrier)
     height, width = x.shape[1] - size + 1, x.shape[2] - size + 1
     rows = [[x[:, i : i + height, j : j + width] for j in range(size)] for i in range(size)]
     return jnp.stack([jnp.stack(row) for row in rows])
@@ -343,7 +345,8 @@ def convolution_block(
         pool_padding: Padding of the pooling, below ``window``; it never wins.
         rectify: Whether a ReLU comes before the normalisation.
         train: Whether to use, and update, statistics of the batch.
-        cache_bytes: Work on so many samples at a time that their maps take no more; 0 for all at once.
+        cache_bytes: Work on so many samples at a time that their maps take no more, as a CPU likes it; 0 for all at
+            once and by tiles, as an accelerator does.
         epsilon: Added to the variance.
 
     Returns:
@@ -353,9 +356,9 @@ def convolution_block(
     shift = jnp.concatenate([each.bias for each in normalisers])
     height, width = (side + 2 * padding - kernel.shape[0] + 1 for side in x.shape[1:3])
     sample_bytes = height * width * kernel.shape[-1] * x.dtype.itemsize
-    together = max(_LEAST_TOGETHER, cache_bytes // sample_bytes // 8 * 8) if cache_bytes else x.shape[-1]
-    pieces = -(-x.shape[-1] // together)
+    pieces = -(-x.shape[-1] // max(_LEAST_TOGETHER, cache_bytes // sample_bytes // 8 * 8))
     block = _Block(padding, window, pool_padding, rectify, pieces, epsilon)
+    tiled = None if cache_bytes else tiles.Block(padding, window, pool_padding, rectify, epsilon)
     if not train:
         mean = jnp.concatenate([each.mean.value for each in normalisers]) - bias
         variance = jnp.concatenate([each.var.value for each in normalisers])
@@ -364,10 +367,14 @@ def convolution_block(
             pooled, _ = _signed_max_pool(convolve(x, kernel, padding), scale, window, pool_padding)
             return _response(block, pooled, bias)
 
-        extreme = _join(_over_pieces(extremes, block, _cut(block, x)), x.shape[-1])
+        if tiled:
+            extreme = tiles.pooled_extremes(tiled, x, kernel, bias, scale)
+        else:
+            extreme = _join(_over_pieces(extremes, block, _cut(block, x)), x.shape[-1])
         return _channels(scale * jax.lax.rsqrt(variance + epsilon)) * (extreme - _channels(mean)) + _channels(shift)
     mask = sample_mask.astype(x.dtype)
-    y, mean, variance = _train_block(block, x, kernel, bias, scale, shift, mask)
+    arguments = x, kernel, bias, scale, shift, mask
+    y, mean, variance = tiles.train_block(tiled, *arguments) if tiled else _train_block(block, *arguments)
     _update(normalisers, mean, variance, jnp.sum(mask) * (height * width))
     return y
 

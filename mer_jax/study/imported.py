@@ -92,7 +92,7 @@ def import_study(
         _check_record(workdir, record)
         if not (workdir / FILENAME).is_file():
             plan = make_plan(config, data, {})
-            learner = build_learner(config.model, input_channels(config), len(data.label_names))
+            learner = build_learner(config.model, input_channels(config), len(data.label_names), device.platform)
             one = jax.tree.map(lambda x: x[0, :1], plan.arrays.inputs)
             expected = jax.eval_shape(learner.init, jax.random.key(0), one)
             variables = [

@@ -24,6 +24,7 @@ from mer_jax.report.flow_picture import FlowPicture, save_picture
 from mer_jax.study import engine
 from mer_jax.study.checkpoints import load_tree
 from mer_jax.study.data import StudyData, prepare_features, prepare_flow
+from mer_jax.study.devices import current_platform
 from mer_jax.study.predict import Predictions, predict
 from mer_jax.study.results import APEX_OFFSET, NO_FOLD, ONSET_APEX, PHASES, TEST, UNKNOWN_LABEL, StudyResults
 from mer_jax.study.summary import read_evaluation
@@ -437,7 +438,7 @@ def _members_say(
 ) -> tuple[np.ndarray, dict[str, np.ndarray]]:
     """``(M, P, L)`` probabilities of all members and their attention, name to ``(M, P, ...)``."""
     jax.config.update("jax_default_matmul_precision", "highest")
-    learner = build_learner(config.model, input_channels(config), len(results.labels))
+    learner = build_learner(config.model, input_channels(config), len(results.labels), current_platform())
     one = jax.tree.map(lambda x: x[0, :1], arrays.inputs)
     abstract = jax.eval_shape(learner.init, jax.random.key(0), one)
     count = len(results.member_id)
