@@ -1,10 +1,16 @@
-"""Matrix products of few rows with large kernels, or with many frames, in the order that is fastest on a CPU.
+"""Matrix products of few rows with large kernels, or with many frames, in the order that is fastest.
 
-A compiler that is free to choose packs the whole kernel anew for a handful of rows. Rows that lie turned in memory
-spare it that, and the gradient of the kernel takes them so as well. Values and gradients are those of ``@``.
+A CPU's compiler that is free to choose packs the whole kernel anew for a handful of rows. Rows that lie turned in
+memory spare it that, and the gradient of the kernel takes them so as well. A GPU's compiler writes the result of every
+product to memory, as large as the kernel for its gradient; a sum over few rows it works out where it is used, within
+the update. Values and gradients are those of ``@``.
 """
 
 import jax
+import jax.numpy as jnp
+
+# Rows beyond which a GPU takes longer to add them up than to write and read their sum.
+_FEW_ROWS = 32
 
 
 @jax.custom_vjp
@@ -33,6 +39,19 @@ def _project_turned(turned, kernel):
     return jax.lax.dot_general(turned, kernel, (((0,), (0,)), ((), ())))  # (D, N) (D, K) -> (N, K)
 
 
+def _outer_products(turned, rows):
+    """Their sum, ``(D, N) (N, K) -> (D, K)``."""
+    if turned.shape[1] > _FEW_ROWS:
+        return turned @ rows
+    return jax.lax.platform_dependent(
+        turned, rows, cuda=_added_up, rocm=_added_up, default=lambda turned, rows: turned @ rows
+    )
+
+
+def _added_up(turned, rows):
+    return jnp.sum(turned[:, :, None] * rows[None], axis=1)  # (D, N, 1) (1, N, K) -> (D, K)
+
+
 def _project_forward(rows, kernel):
     turned = _turn(rows)  # (N, D) -> (D, N)
     return _project_turned(turned, kernel), (turned, kernel)
@@ -40,7 +59,7 @@ def _project_forward(rows, kernel):
 
 def _project_backward(kept, cotangent):
     turned, kernel = kept
-    return project_back(cotangent, kernel), turned @ cotangent  # (N, D), (D, N) (N, K) -> (D, K)
+    return project_back(cotangent, kernel), _outer_products(turned, cotangent)  # (N, D), (D, N) (N, K) -> (D, K)
 
 
 def _project_back_forward(rows, kernel):
@@ -50,7 +69,7 @@ def _project_back_forward(rows, kernel):
 def _project_back_backward(kept, cotangent):
     rows, kernel = kept
     turned = _turn(cotangent)  # (N, D) -> (D, N)
-    return _project_turned(turned, kernel), turned @ rows  # (N, K), (D, N) (N, K) -> (D, K)
+    return _project_turned(turned, kernel), _outer_products(turned, rows)  # (N, K), (D, N) (N, K) -> (D, K)
 
 
 project.defvjp(_project_forward, _project_backward)

@@ -143,7 +143,7 @@ class Watch(NamedTuple):
 
 
 _HURRY = {"xla_backend_optimization_level": 1}
-_CPU_WATCHED_BATCHES = 4
+_WATCHED_BATCHES = 4
 _LARGE_KERNEL = 1 << 14  # elements
 
 SCHEDULES = ("cosine", "constant")
@@ -279,10 +279,9 @@ def predict_watched(
 ) -> jax.Array:
     """Logits ``(V, C)`` of a member's inner and held-out samples.
 
-    A CPU makes better use of a kernel with more of them at a time, and has the memory; maps of convolutions are cut
-    into pieces there.
+    With more of them at a time than in training, as there are no gradients to keep, kernels are read less often.
     """
-    batch = recipe.batch_size * (_CPU_WATCHED_BATCHES if current_platform() == "cpu" else 1)
+    batch = recipe.batch_size * _WATCHED_BATCHES
     return predict_samples(learner, variables, arrays, member.fold, member.watched, batch)[0]
 
 

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+from mer_jax.models import products
 from mer_jax.models.products import project, project_back, project_general
 
 PRODUCTS = {
@@ -14,8 +15,11 @@ PRODUCTS = {
 }
 
 
+@pytest.mark.parametrize("added_up", [False, True])
 @pytest.mark.parametrize("name", PRODUCTS)
-def test_values_and_gradients_are_torchs(name, rng):
+def test_values_and_gradients_are_torchs(name, added_up, rng, monkeypatch):
+    if added_up:  # as on a GPU
+        monkeypatch.setattr(products, "_outer_products", products._added_up)
     ours, shape, theirs = PRODUCTS[name]
     rows, kernel = rng.normal(size=shape).astype(np.float32), rng.normal(size=(40, 24)).astype(np.float32)
     inputs = [torch.tensor(rows, requires_grad=True), torch.tensor(kernel, requires_grad=True)]
@@ -30,6 +34,19 @@ def test_values_and_gradients_are_torchs(name, rng):
     np.testing.assert_allclose(value, expected.detach(), rtol=1e-5, atol=1e-5)
     for gradient, tensor in zip(gradients, inputs, strict=True):
         np.testing.assert_allclose(gradient, tensor.grad, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(("rows", "fewer"), [(16, 1), (64, 0)])
+@pytest.mark.parametrize("name", PRODUCTS)
+def test_a_gpu_adds_few_rows_up(name, rows, fewer):
+    product, (_, width), _ = PRODUCTS[name]
+    gradient = jax.jit(jax.grad(lambda *inputs: product(*inputs).sum(), argnums=1))
+    traced = gradient.trace(jnp.ones((rows, width)), jnp.ones((40, 24)))
+    counts = [
+        traced.lower(lowering_platforms=(platform,)).as_text().count("stablehlo.dot_general")
+        for platform in ("cpu", "cuda")
+    ]
+    assert counts[0] - counts[1] == fewer
 
 
 @pytest.mark.parametrize("name", PRODUCTS)
