@@ -119,14 +119,22 @@ def _response(block: Block, z: jax.Array, bias: jax.Array) -> jax.Array:
     return jnp.maximum(z, (_channels if z.ndim == 4 else _features)(-bias)) if block.rectify else z
 
 
+def _places(block: Block) -> type[np.integer]:
+    """What counts the pixels of a window, and one more."""
+    return np.uint8 if block.window**2 < 256 else np.int32
+
+
 def _extremes(block: Block, z: jax.Array, scale: jax.Array, rows: _Axis, columns: _Axis) -> tuple[jax.Array, jax.Array]:
     """Maxima of channels of non-negative ``scale``, minima of the others, and their places (the first of equals)."""
     sign = jnp.where(scale < 0, -1.0, 1.0).astype(z.dtype)
     signed = jnp.where(_within(rows, columns), z * _features(sign), -jnp.inf)[:, :, : rows.pooled, : columns.pooled]
-    best, place = signed[0], jnp.zeros(signed.shape[1:], jnp.int32)
+    kind = _places(block)
+    best, place = signed[0], jnp.zeros(signed.shape[1:], kind)
     for number, candidate in enumerate(signed[1:], start=1):
-        place = jnp.where(candidate > best, number, place)
+        place = jnp.where(candidate > best, kind(number), place)
         best = jnp.maximum(best, candidate)
+    # Both at once: a GPU's compiler would read the whole map again where places are used.
+    best, place = jax.lax.optimization_barrier((best, place))
     return best * _channels(sign), place
 
 
@@ -192,7 +200,8 @@ def _backward(block, saved, gradients):
     slope = _features(factor * inverse * scale_gradient / count)
     # Windows beyond those that pooling takes have no winner.
     beyond = ((0, 0), (0, rows.windows - rows.pooled), (0, columns.windows - columns.pooled), (0, 0))
-    won = jnp.pad(place, beyond, constant_values=-1)[None] == np.arange(len(z))[:, None, None, None, None]
+    here = np.arange(len(z), dtype=_places(block))[:, None, None, None, None]
+    won = jnp.pad(place, beyond, constant_values=len(z))[None] == here
     sparse = jnp.where(won, jnp.pad(_channels(factor) * gradient, beyond)[None], 0.0)
     dense = (constant + slope * _response(block, z, bias)) * sample_mask[None, None, None, None]
     z_gradient = jnp.where(_within(rows, columns), sparse - dense, 0.0)
