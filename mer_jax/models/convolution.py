@@ -398,8 +398,10 @@ def masked_batch_norm(
     if train:
         mask = sample_mask.astype(x.dtype)
         count = jnp.sum(mask)
-        mean = mask @ x / jnp.maximum(count, 1.0)  # (B,) (B, C) -> (C,)
-        variance = mask @ (x - mean[None]) ** 2 / jnp.maximum(count, 1.0)
+        # Statistics are never made of rounded factors.
+        sums = functools.partial(jnp.matmul, mask, precision="highest")  # (B,) (B, C) -> (C,)
+        mean = sums(x) / jnp.maximum(count, 1.0)
+        variance = sums((x - mean[None]) ** 2) / jnp.maximum(count, 1.0)
         _update([normaliser], mean, variance, count)
     return (normaliser.scale * jax.lax.rsqrt(variance + epsilon))[None] * (x - mean[None]) + normaliser.bias[None]
 

@@ -171,15 +171,20 @@ def train_block(
     return _forward(block, x, kernel, bias, scale, shift, sample_mask)[0]
 
 
+def _over_samples(maps: jax.Array, sample_mask: jax.Array) -> jax.Array:
+    """Sums over all pixels of the samples of a mask, ``(p p, F, n, m, B)`` to ``(F,)``; never of rounded factors."""
+    return jnp.matmul(jnp.sum(maps, axis=(0, 2, 3)), sample_mask, precision="highest")  # (F, B) (B,) -> (F,)
+
+
 def _forward(block, x, kernel, bias, scale, shift, sample_mask):
     rows, columns = _axes(block, x, kernel)
     within = _within(rows, columns)
     z = _convolve(block, x, kernel)
     response = _response(block, z, bias)
     count = jnp.maximum(jnp.sum(sample_mask) * int(within.sum()), 1.0)
-    mean = jnp.sum(jnp.where(within, response, 0.0), axis=(0, 2, 3)) @ sample_mask / count  # (F, B) (B,) -> (F,)
+    mean = _over_samples(jnp.where(within, response, 0.0), sample_mask) / count
     deviation = jnp.where(within, response - _features(mean), 0.0)
-    variance = jnp.sum(deviation**2, axis=(0, 2, 3)) @ sample_mask / count
+    variance = _over_samples(deviation**2, sample_mask) / count
     inverse = jax.lax.rsqrt(variance + block.epsilon)
     extreme, place = _extremes(block, z, scale, rows, columns)
     normalised = (_response(block, extreme, bias) - _channels(mean)) * _channels(inverse)

@@ -3,7 +3,6 @@
 import concurrent.futures
 import contextlib
 import dataclasses
-import functools
 import os
 import threading
 from collections.abc import Callable, Mapping, Sequence
@@ -18,7 +17,10 @@ from mer_jax.study import engine
 _SHARE = 0.8
 _OUT_OF_MEMORY = "RESOURCE_EXHAUSTED"
 _BY_TIMING = ("gpu",)
-_COMPILING = threading.Lock()
+_COMPILING, _KEEPING = threading.Lock(), threading.Lock()
+# Rows of a grid ask for one program again and again.
+_compiled: dict[tuple, jax.stages.Compiled] = {}
+_MOST_COMPILED = 64
 
 
 @dataclasses.dataclass(frozen=True)
@@ -142,13 +144,17 @@ def compile_epochs(
     together: int,
 ) -> dict[jax.Device, jax.stages.Compiled]:
     """Compiles the training call of ``together`` members for all ``devices`` at once; arguments as above."""
-    data = jax.eval_shape(lambda tree: tree, arrays)  # in the types that a device has
-    members = jax.tree.map(lambda x: jax.ShapeDtypeStruct((together, *x.shape), x.dtype), member)
-    states = jax.eval_shape(programs.init, data, members)
-    arguments = (data, members, states, jax.ShapeDtypeStruct((epochs_per_call,), np.int32))
+    arguments = (*_shapes(programs, arrays, member, together), jax.ShapeDtypeStruct((epochs_per_call,), np.int32))
     with concurrent.futures.ThreadPoolExecutor(len(devices)) as pool:
         compiled = pool.map(lambda device: compile_one(programs.epochs, device, arguments), devices)
         return dict(zip(devices, compiled, strict=True))
+
+
+def _shapes(programs: engine.Programs, arrays: engine.Arrays, member: engine.MemberInputs, together: int) -> tuple:
+    """The data, ``together`` members and their states as shapes and types."""
+    data = jax.eval_shape(lambda tree: tree, arrays)  # in the types that a device has
+    members = jax.tree.map(lambda x: jax.ShapeDtypeStruct((together, *x.shape), x.dtype), member)
+    return data, members, jax.eval_shape(programs.init, data, members)
 
 
 def compile_one(program: Callable, device: jax.Device, arguments: tuple) -> jax.stages.Compiled:
@@ -163,25 +169,40 @@ def compile_one(program: Callable, device: jax.Device, arguments: tuple) -> jax.
         arguments: Trees of arrays, or of their shapes and types.
     """
     leaves, structure = jax.tree.flatten(arguments)
-    precision = jax.config.jax_default_matmul_precision
-    described = (precision, structure, tuple((leaf.shape, leaf.dtype) for leaf in leaves))
-    with _COMPILING if compiles_by_timing(device.platform) else contextlib.nullcontext():
-        return _compiled(program, device, *described)
+    described = (structure, tuple((leaf.shape, leaf.dtype) for leaf in leaves))
+    key = (program, device, jax.config.jax_default_matmul_precision, *described)
+    made = _compiled.get(key)
+    if made is None:  # who only calls what is there waits for nobody
+        with _COMPILING if compiles_by_timing(device.platform) else contextlib.nullcontext():
+            made = _compiled.get(key) or _compile(program, device, *described)
+            with _KEEPING:
+                _compiled[key] = made
+                while len(_compiled) > _MOST_COMPILED:
+                    del _compiled[next(iter(_compiled))]
+    return made
 
 
-# Rows of a grid ask for one program again and again.
-@functools.lru_cache(maxsize=64)
-def _compiled(program: Callable, device: jax.Device, precision: str, structure, leaves: tuple) -> jax.stages.Compiled:
-    del precision  # JAX's own setting, which programs depend on
+def _compile(program: Callable, device: jax.Device, structure, leaves: tuple) -> jax.stages.Compiled:
     place = jax.sharding.SingleDeviceSharding(device)
     arguments = [jax.ShapeDtypeStruct(shape, dtype, sharding=place) for shape, dtype in leaves]
     with jax.default_device(device):
         return program.lower(*jax.tree.unflatten(structure, arguments)).compile()
 
 
+def compile_ends(
+    programs: engine.Programs, arrays: engine.Arrays, member: engine.MemberInputs, device: jax.Device, together: int
+) -> None:
+    """Compiles what a block of ``together`` members begins and ends with; arguments as of :func:`plan_memory`."""
+    data, members, states = _shapes(programs, arrays, member, together)
+    compile_one(programs.init, device, (data, members))
+    compile_one(programs.finish, device, (data, members, states))
+
+
 def needed_bytes(compiled: jax.stages.Compiled) -> int:
-    """Bytes that a call of a program needs on its device, by its compiler's own account."""
+    """Bytes that a call of a program needs on its device, by its compiler's own account; 0 where it gives none."""
     analysis = compiled.memory_analysis()
+    if analysis is None:
+        return 0
     return (
         analysis.argument_size_in_bytes
         + analysis.output_size_in_bytes

@@ -19,6 +19,7 @@ from pathlib import Path
 
 import jax
 import numpy as np
+from jax._src.compilation_cache import decompress_executable
 from jax.experimental.compilation_cache import compilation_cache
 from ml_collections import ConfigDict
 
@@ -52,6 +53,7 @@ from mer_jax.study.loops import MERGED, NOT_MERGED, OPTIONS, loops_are_merged
 from mer_jax.study.members import HYPER_NAMES, Member, make_members, member_key
 from mer_jax.study.memory import (
     MemoryPlan,
+    compile_ends,
     compile_one,
     compiles_by_timing,
     free_bytes,
@@ -525,19 +527,35 @@ def _kept_programs(folder: Path, platform: str) -> Iterator[None]:
 
     A folder that the user has chosen, by the config or by JAX's own options, keeps them as well, and stays.
     """
-    if not compiles_by_timing(platform) or jax.config.jax_compilation_cache_dir:
+    if not compiles_by_timing(platform):
         yield
         return
-    least = jax.config.jax_persistent_cache_min_compile_time_secs
-    jax.config.update("jax_compilation_cache_dir", str(folder))
+    names = ("jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs")
+    before = {name: getattr(jax.config, name) for name in names}
+    chosen = before["jax_compilation_cache_dir"]
+    _drop_cut_programs(Path(chosen or folder))
+    jax.config.update("jax_compilation_cache_dir", chosen or str(folder))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
-    compilation_cache.reset_cache()  # JAX asks but once whether there is a folder
+    compilation_cache.reset_cache()  # which may have opened another folder, or found none
     try:
         yield
     finally:
-        jax.config.update("jax_compilation_cache_dir", None)
-        jax.config.update("jax_persistent_cache_min_compile_time_secs", least)
+        for name, value in before.items():
+            jax.config.update(name, value)
         compilation_cache.reset_cache()
+
+
+def _drop_cut_programs(folder: Path) -> None:
+    """Removes what a kill cut short: JAX neither reads nor replaces it, so that every start would compile anew."""
+    for path in folder.glob("*-cache"):
+        with contextlib.suppress(OSError):
+            content = path.read_bytes()
+            try:
+                whole = bool(decompress_executable(content))
+            except Exception:  # of the one or the other library that compresses
+                whole = False
+            if not whole:
+                path.unlink()
 
 
 def _train_members(
@@ -591,8 +609,9 @@ def _train_on(
         size = _settled_block_size(workdir, wanted, platform)
         blocks = _blocks(num_members, size)
         _gather_metrics(workdir, plan, blocks)
-        if compiles_by_timing(platform) and (memory is None or memory.together != size):
+        if compiles_by_timing(platform):
             memory = fit(size)  # before the other processes, which take what it has compiled
+            compile_ends(programs, plan.arrays, plan.inputs[0], devices[0], memory.together)
         group.tell("ready", finished=False)
     else:
         size = _settled_block_size(workdir, None, platform)

@@ -172,8 +172,12 @@ def test_programs_that_a_compiler_chooses_by_timing_stay_with_the_run(challenge,
     """As on a GPU, of which a CPU takes the place here; a stopped run goes on with the programs that it began with."""
     script = tmp_path / "by_timing.py"
     script.write_text(
-        "import runpy, sys\n"
+        "import atexit, collections, json, pathlib, runpy, sys\n"
+        "import jax\n"
         f"sys.path.insert(0, {str(ROOT)!r})\n"
+        "seen = collections.Counter()\n"
+        "jax.monitoring.register_event_listener(lambda event, **_: seen.update([event.rpartition('/')[2]]))\n"
+        "atexit.register(lambda: pathlib.Path('events.json').write_text(json.dumps(seen)))\n"
         "from mer_jax.study import memory\n"
         "memory._BY_TIMING = ('cpu',)\n"
         f"runpy.run_path({str(ROOT / 'scripts' / 'train.py')!r}, run_name='__main__')\n"
@@ -188,13 +192,20 @@ def test_programs_that_a_compiler_chooses_by_timing_stay_with_the_run(challenge,
     stopped.wait_for(lambda: epochs_seen(tmp_path / "run") >= 4)
     stopped.stop(signal.SIGTERM)
     before = kept()
+    cut = next((tmp_path / "run" / "programs").glob("jit_epochs-*-cache"))
+    cut.write_bytes(before[cut.name][:100])  # by a kill
     assert sum(name.startswith("jit_epochs") for name in before) == 2, before.keys()  # one a device
     done = door(script, *arguments, "--workdir=run", devices=2).end()
     assert done.status == 0, done.stderr
     assert_bitwise_equal(tmp_path / "run", finished)
-    after = kept()
-    assert {name: after[name] for name in before} == before  # nothing was compiled again
+    after, events = kept(), json.loads((tmp_path / "events.json").read_text())
+    others = before.keys() - {cut.name}
+    assert all(after[name] == before[name] for name in others)
+    # What was kept was read, and only what came new, or was cut, compiled.
+    assert events["cache_hits"] > 4
+    assert events["cache_misses"] == len(after.keys() - before.keys()) + 1 and len(after[cut.name]) > 100
     assert not any(name.startswith("jit_epochs") for name in after.keys() - before.keys())
+    assert "persistent compilation cache" not in done.stderr
     assert not (finished / "programs").exists()
 
 
