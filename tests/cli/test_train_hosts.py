@@ -113,8 +113,9 @@ def test_a_signal_to_one_or_all_stops_all_with_their_checkpoints(challenge, fini
     first.wait_for(lambda: told_by(run, 0) >= 8 and told_by(run, 1) >= 4)
     assert second.stop(signal.SIGTERM) < 10 and second.status == 128 + signal.SIGTERM
     assert "was stopped by SIGTERM; what was saved is kept" in first.end(30).error
+    before = told_by(run, 0) + told_by(run, 1)  # which process 0 brings together
     first, second = pair(challenge.overrides | EVERY_EPOCH, "run")
-    first.wait_for(lambda: told_by(run, 0) >= 16 and told_by(run, 1) >= 8)
+    first.wait_for(lambda: told_by(run, 0) > before and told_by(run, 1) >= 1)
     for process in (first, second):
         process.process.send_signal(signal.SIGTERM)
     assert {process.end(30).status for process in (first, second)} <= {128 + signal.SIGTERM, 2}
