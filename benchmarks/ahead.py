@@ -97,7 +97,7 @@ def target_device(target: Target) -> jax.Device:
     """
     try:
         return topologies.get_topology_desc(target.name, target.platform, **target.options).devices[0]
-    except (RuntimeError, NotImplementedError, ValueError) as error:
+    except (RuntimeError, ValueError) as error:
         raise UserError(
             f"no compiler for {target.platform} ({str(error).splitlines()[0]}); install jax's build for it in an "
             "environment of its own, and set JAX_PLATFORMS=cpu and JAX_SKIP_CUDA_CONSTRAINTS_CHECK=1"

@@ -275,6 +275,16 @@ def _signed_max_pool(x: jax.Array, scale: jax.Array, window: int, padding: int) 
     return best * sign, place
 
 
+def _pooled_extremes(block: _Block, x: jax.Array, kernel: jax.Array, bias: jax.Array, scale: jax.Array) -> jax.Array:
+    """Responses that pooling lets through, less the bias: ``(C, H, W, B)`` to ``(F, H', W', B)``."""
+
+    def extremes(x):
+        pooled, _ = _signed_max_pool(convolve(x, kernel, block.padding), scale, block.window, block.pool_padding)
+        return _response(block, pooled, bias)
+
+    return _join(_over_pieces(extremes, block, _cut(block, x)), x.shape[-1])
+
+
 class BatchNorm(nn.Module):
     """The parameters and running statistics of a batch normalisation; the work is in :func:`convolution_block`.
 
@@ -355,26 +365,21 @@ def convolution_block(
     scale = jnp.concatenate([each.scale for each in normalisers])
     shift = jnp.concatenate([each.bias for each in normalisers])
     height, width = (side + 2 * padding - kernel.shape[0] + 1 for side in x.shape[1:3])
-    sample_bytes = height * width * kernel.shape[-1] * x.dtype.itemsize
-    pieces = -(-x.shape[-1] // max(_LEAST_TOGETHER, cache_bytes // sample_bytes // 8 * 8))
-    block = _Block(padding, window, pool_padding, rectify, pieces, epsilon)
-    tiled = None if cache_bytes else tiles.Block(padding, window, pool_padding, rectify, epsilon)
+    if cache_bytes:
+        sample_bytes = height * width * kernel.shape[-1] * x.dtype.itemsize
+        pieces = -(-x.shape[-1] // max(_LEAST_TOGETHER, cache_bytes // sample_bytes // 8 * 8))
+        block = _Block(padding, window, pool_padding, rectify, pieces, epsilon)
+        train_block, pooled_extremes = _train_block, _pooled_extremes
+    else:
+        block = tiles.Block(padding, window, pool_padding, rectify, epsilon)
+        train_block, pooled_extremes = tiles.train_block, tiles.pooled_extremes
     if not train:
         mean = jnp.concatenate([each.mean.value for each in normalisers]) - bias
         variance = jnp.concatenate([each.var.value for each in normalisers])
-
-        def extremes(x):
-            pooled, _ = _signed_max_pool(convolve(x, kernel, padding), scale, window, pool_padding)
-            return _response(block, pooled, bias)
-
-        if tiled:
-            extreme = tiles.pooled_extremes(tiled, x, kernel, bias, scale)
-        else:
-            extreme = _join(_over_pieces(extremes, block, _cut(block, x)), x.shape[-1])
+        extreme = pooled_extremes(block, x, kernel, bias, scale)
         return _channels(scale * jax.lax.rsqrt(variance + epsilon)) * (extreme - _channels(mean)) + _channels(shift)
     mask = sample_mask.astype(x.dtype)
-    arguments = x, kernel, bias, scale, shift, mask
-    y, mean, variance = tiles.train_block(tiled, *arguments) if tiled else _train_block(block, *arguments)
+    y, mean, variance = train_block(block, x, kernel, bias, scale, shift, mask)
     _update(normalisers, mean, variance, jnp.sum(mask) * (height * width))
     return y
 

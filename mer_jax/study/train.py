@@ -522,7 +522,7 @@ class _Stopped(Exception):
 
 
 @contextlib.contextmanager
-def _kept_programs(folder: Path, platform: str) -> Iterator[None]:
+def _kept_programs(folder: Path, platform: str, leads: bool) -> Iterator[None]:
     """Keeps what is compiled where a compiler chooses by chance: a resumed run, and every device, takes the same.
 
     A folder that the user has chosen, by the config or by JAX's own options, keeps them as well, and stays.
@@ -533,7 +533,8 @@ def _kept_programs(folder: Path, platform: str) -> Iterator[None]:
     names = ("jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs")
     before = {name: getattr(jax.config, name) for name in names}
     chosen = before["jax_compilation_cache_dir"]
-    _drop_cut_programs(Path(chosen or folder))
+    if leads:  # alone: another may be writing later on
+        _drop_cut_programs(folder)
     jax.config.update("jax_compilation_cache_dir", chosen or str(folder))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     compilation_cache.reset_cache()  # which may have opened another folder, or found none
@@ -567,7 +568,7 @@ def _train_members(
     group: Group,
     programs: Path,
 ) -> int:
-    with _kept_programs(programs, devices[0].platform):
+    with _kept_programs(programs, devices[0].platform, group.leads):
         return _train_on(devices, config, workdir, plan, learner, group)
 
 
