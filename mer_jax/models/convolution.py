@@ -1,131 +1,36 @@
 """Convolution, batch normalisation and max pooling for many small networks at once.
 
 Plain convolutions do badly in a study: under ``vmap`` over members they become grouped convolutions, and inside
-``scan`` XLA runs them on a slow path of the CPU (jax issue 12868). Here everything is slices, matrix products and
-element-wise loops, which stay fast under both. Three choices carry the speed:
+``scan`` XLA runs them on a slow path of the CPU (jax issue 12868). Here a block is one operation. Two choices carry the
+speed, whatever works it out:
 
-* **Channels first, samples last**, ``(C, H, W, B)``. A patch is a block copy of whole rows of samples, every reduction
-  over positions keeps the samples in vector lanes, and both products of a convolution are plain matrix products.
+* **Channels first, samples last**, ``(C, H, W, B)``: samples fill the lanes of vectors.
 * **Pooling before the affine map.** Normalisation maps a channel by ``a x + b``, and ``max(a x + b) = a max(x) + b``
   for ``a > 0``, ``a min(x) + b`` for ``a < 0``. So a block pools first and touches the large map only for its
-  statistics.
-* **A few samples at a time.** The large map between convolution and pooling is never stored: some samples' maps are
-  computed, summed up and pooled while they are in the cache of a CPU core, and computed again for the gradient. What
-  cores do side by side would otherwise wait for memory.
+  statistics. The bias, which normalisation takes off again, is never added.
 
-That is how a CPU does it; :mod:`mer_jax.models.tiles` does the same for accelerators.
+What touches the large map is left to an :class:`Implementation`: :mod:`mer_jax.models.cpu_blocks` for CPUs and
+:mod:`mer_jax.models.tiles`, in JAX alone, for accelerators and for all that have no C++ compiler.
 """
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-import numpy as np
-
-from mer_jax.models import tiles
-
-_LEAST_TOGETHER = 8  # samples; they fill a vector register
-_STRIPS = 4  # of a map, at least, that are added up before they are summed
+from jax.custom_derivatives import SymbolicZero
 
 
-def patches(x: jax.Array, size: int, padding: int) -> jax.Array:
-    """All ``size x size`` neighbourhoods of zero-padded maps.
-
-    Args:
-        x: ``(C, H, W, B)``.
-        size: Side k of the kernel.
-        padding: Zeros on each side.
-
-    Returns:
-        ``(k, k, C, H', W', B)`` with ``H' = H + 2 padding - k + 1``.
-    """
-    x = jnp.pad(x, ((0, 0), (padding, padding), (padding, padding), (0, 0)))
-    height, width = x.shape[1] - size + 1, x.shape[2] - size + 1
-    rows = [[x[:, i : i + height, j : j + width] for j in range(size)] for i in range(size)]
-    return jnp.stack([jnp.stack(row) for row in rows])
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
-def convolve(x: jax.Array, kernel: jax.Array, padding: int) -> jax.Array:
-    """Cross-correlation of stride 1, as ``torch.nn.Conv2d`` without bias, by one matrix product.
-
-    Args:
-        x: ``(C, H, W, B)``.
-        kernel: ``(k, k, C, F)``.
-        padding: Zeros on each side, at most ``k - 1``.
-
-    Returns:
-        ``(F, H', W', B)`` with ``H' = H + 2 padding - k + 1``.
-    """
-    columns = patches(x, kernel.shape[0], padding)
-    flat = columns.reshape(-1, columns[0, 0, 0].size)  # (k, k, C, H', W', B) -> (k k C, H' W' B)
-    # Turned around before, not within, the product, which takes half the time then for eight features on a CPU.
-    weights = jax.lax.optimization_barrier(kernel.reshape(-1, kernel.shape[-1]).T)  # (k, k, C, F) -> (F, k k C)
-    return (weights @ flat).reshape(-1, *columns.shape[3:])  # (F, k k C) (k k C, n) -> (F, H', W', B)
-
-
-def _convolve_forward(x, kernel, padding):
-    return convolve(x, kernel, padding), (x, kernel)
-
-
-def _convolve_backward(padding, saved, gradient):
-    x, kernel = saved
-    size, features = kernel.shape[0], kernel.shape[-1]
-    columns = patches(x, size, padding).reshape(-1, gradient[0].size)  # (k k C, n)
-    flat = gradient.reshape(features, -1)  # (F, H', W', B) -> (F, n)
-    kernel_gradient = (columns @ flat.T).reshape(kernel.shape)  # (k k C, n) (n, F) -> (k, k, C, F)
-    flipped = kernel[::-1, ::-1].transpose(0, 1, 3, 2)  # (k, k, C, F) -> (k, k, F, C)
-    return convolve(gradient, flipped, size - 1 - padding), kernel_gradient
-
-
-convolve.defvjp(_convolve_forward, _convolve_backward)
-
-
-def _window_pieces(x: jax.Array, window: int, padding: int, fill: float) -> list[jax.Array]:
-    """The ``window**2`` members of every pooling window, row by row, each ``(C, H', W', B)``."""
-    height, width = (_pooled_side(side, window, padding) for side in x.shape[1:3])
-    pieces = []
-    for i in range(window):
-        for j in range(window):
-            piece, ends = x, [(0, 0, 0)]
-            for axis, place, pooled in ((1, i, height), (2, j, width)):
-                missing = 1 if place < padding else 0  # the first window's member lies in the padding
-                start = place - padding + missing * window
-                taken = min(pooled - missing, -(-(x.shape[axis] - start) // window))
-                piece = jax.lax.slice_in_dim(piece, start, start + (taken - 1) * window + 1, window, axis)
-                ends.append((missing, pooled - missing - taken, 0))
-            pieces.append(jax.lax.pad(piece, jnp.asarray(fill, x.dtype), [*ends, (0, 0, 0)]))
-    return pieces
-
-
-def _pooled_side(side: int, window: int, padding: int) -> int:
-    return (side + 2 * padding - window) // window + 1
-
-
-def _spread(x: jax.Array, window: int, padding: int, shape: tuple[int, ...]) -> jax.Array:
-    """Repeats ``(C, H', W', B)`` over the members of each window: ``(C, H, W, B)``, 0 outside all windows."""
-    x = jnp.repeat(jnp.repeat(x, window, axis=1), window, axis=2)
-    after = [max(0, side + padding - now) for side, now in zip(shape[1:3], x.shape[1:3], strict=True)]
-    x = jnp.pad(x, ((0, 0), (0, after[0]), (0, after[1]), (0, 0)))
-    return x[:, padding : padding + shape[1], padding : padding + shape[2]]
-
-
-def _channels(values: jax.Array) -> jax.Array:
-    return values[:, None, None, None]  # (C,) -> (C, 1, 1, 1)
-
-
-class _Block(NamedTuple):
+class Block(NamedTuple):
     """The static part of a block.
 
     Attributes:
-        padding: Zeros on each side of the convolved maps.
-        window: Side and stride of the pooling windows.
-        pool_padding: Padding of the pooling, which never wins.
+        padding: Zeros on each side of the convolved maps, at most k - 1.
+        window: Side and stride p of the pooling windows.
+        pool_padding: Padding of the pooling, below ``window``; it never wins.
         rectify: Whether there is a ReLU between convolution and normalisation.
-        pieces: How many parts the samples are worked on in.
         epsilon: Added to the variance.
     """
 
@@ -133,156 +38,167 @@ class _Block(NamedTuple):
     window: int
     pool_padding: int
     rectify: bool
-    pieces: int
-    epsilon: float
+    epsilon: float = 1e-5
+
+    def map_sides(self, x: jax.Array, kernel: jax.Array) -> tuple[int, int]:
+        """Rows and columns of the maps of ``x`` ``(C, H, W, B)`` and ``kernel`` ``(k, k, C, F)``, before pooling."""
+        height, width = (side + 2 * self.padding - kernel.shape[0] + 1 for side in x.shape[1:3])
+        return height, width
+
+    def pooled_sides(self, x: jax.Array, kernel: jax.Array) -> tuple[int, int]:
+        """Rows and columns after pooling."""
+        height, width = (
+            (side + 2 * self.pool_padding - self.window) // self.window + 1 for side in self.map_sides(x, kernel)
+        )
+        return height, width
 
 
-def _response(block: _Block, z: jax.Array, bias: jax.Array) -> jax.Array:
-    """What is normalised, less the bias, of what a convolution gave: ``(F, H, W, B)`` to the same.
+class Implementation(NamedTuple):
+    """How the large maps of a block are worked out. Those there are differ in speed and in last bits alone.
 
-    Normalisation takes a bias off again, so that none is added: ``max(z + b, 0) - b = max(z, -b)``. It is monotone, so
-    that it may come after pooling.
+    A *response* is what is normalised, less the bias: of a convolution's result z it is z, or ``max(z, -bias)`` with a
+    ReLU, as ``max(z + b, 0) - b = max(z, -b)``. An *extreme* is the largest response of a pooling window, the
+    smallest where the channel's scale is negative; its *place* is the number of its pixel in the window, row by row,
+    the first of equals.
+
+    Attributes:
+        extremes: ``(block, x, kernel, bias, scale) -> extremes (F, H', W', B)``.
+        forward: ``(block, x, kernel, bias, scale, sample_mask) -> (extremes, places, mean (F,), variance (F,), kept)``:
+            moments of all responses of the mask's samples, 0 without any, and what ``backward`` may want again.
+        backward: ``(block, x, kernel, bias, sample_mask, gradient, places, constant (F,), slope (F,), kept, to_x) ->
+            (kernel gradient, sums of z's gradient (F,), x gradient or None)`` for ``gradient`` ``(F, H', W', B)`` of
+            the extremes and ``-(constant + slope response)`` of all responses of the mask's samples. The sums are 0
+            without a ReLU. ``to_x`` says whether x, which may be data, needs a gradient.
     """
-    return jnp.maximum(z, _channels(-bias)) if block.rectify else z
+
+    extremes: Callable
+    forward: Callable
+    backward: Callable
 
 
-def _sum_over_positions(function, z: jax.Array) -> jax.Array:
-    """The sum of ``function(z)`` over positions, ``(F, H, W, B)`` to ``(F, B)``.
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def extremes(
+    implementation: Implementation, block: Block, x: jax.Array, kernel: jax.Array, bias: jax.Array, scale: jax.Array
+) -> jax.Array:
+    """The responses that pooling lets through.
 
-    Strips of rows are added up first, in a loop that reads the map once and holds ``function``; the rest is a product.
-    A reduction on a CPU would have what ``function`` gives written to memory, and read it slowly.
+    Args:
+        implementation: What works out the maps.
+        block: The block's static part.
+        x: ``(C, H, W, B)``.
+        kernel: ``(k, k, C, F)``.
+        bias: ``(F,)``.
+        scale: ``(F,)``, whose signs say which extremes.
+
+    Returns:
+        ``(F, H', W', B)``.
     """
-    even = (count for count in range(_STRIPS, 2 * _STRIPS + 1) if z.shape[1] % count == 0)
-    rows = max(1, z.shape[1] // next(even, _STRIPS))
-    strips = [function(z[:, start : start + rows]) for start in range(0, z.shape[1], rows)]
-    whole = [strip for strip in strips if strip.shape[1] == rows]
-    total = jnp.zeros((z.shape[0], z.shape[-1]), z.dtype)
-    for strip in [sum(whole), *strips[len(whole) :]]:
-        flat = strip.reshape(strip.shape[0], -1, strip.shape[-1])  # (F, h, W, B) -> (F, n, B)
-        total += (jnp.ones((flat.shape[0], 1, flat.shape[1]), z.dtype) @ flat)[:, 0]  # (F, 1, n) (F, n, B) -> (F, 1, B)
-    return total
+    return implementation.extremes(block, x, kernel, bias, scale)
 
 
-def _over_pieces(function, block: _Block, xs):
-    """Maps over the leading axis of ``xs``, the pieces, one after another; without a loop where there is one."""
-    if block.pieces == 1:
-        return jax.tree.map(lambda x: x[None], function(jax.tree.map(lambda x: x[0], xs)))
-    return jax.lax.map(function, xs)
+def _extremes_forward(implementation, block, *primals):
+    x, kernel, bias, scale = (each.value for each in primals)
+    mask = jnp.ones(x.shape[-1], x.dtype)
+    extreme, place, _, _, kept = implementation.forward(block, x, kernel, bias, scale, mask)
+    return extreme, (x, kernel, bias, mask, place, kept, _needed(primals[0]))
 
 
-def _cut(block: _Block, x: jax.Array) -> jax.Array:
-    """``(..., B)`` to ``(pieces, ..., b)``, the last piece filled up with zeros."""
-    size = -(-x.shape[-1] // block.pieces)
-    x = jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, size * block.pieces - x.shape[-1])])
-    return jnp.moveaxis(x.reshape(*x.shape[:-1], block.pieces, size), -2, 0)
+def _extremes_backward(implementation, block, saved, gradient):
+    x, kernel, bias, mask, place, kept, to_x = saved
+    none = jnp.zeros_like(bias)
+    of_kernel, total, of_x = implementation.backward(
+        block, x, kernel, bias, mask, gradient, place, none, none, kept, to_x is not None
+    )
+    # Where a ReLU is closed, the response -bias remains.
+    return of_x, of_kernel, total - jnp.sum(gradient, axis=(1, 2, 3)) if block.rectify else none, None
 
 
-def _join(x: jax.Array, batch: int) -> jax.Array:
-    """``(pieces, ..., b)`` to ``(..., B)``."""
-    x = jnp.moveaxis(x, 0, -2)
-    return x.reshape(*x.shape[:-2], -1)[..., :batch]
+extremes.defvjp(_extremes_forward, _extremes_backward, symbolic_zeros=True)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _train_block(block, x, kernel, bias, scale, shift, sample_mask):
-    return _train_block_forward(block, x, kernel, bias, scale, shift, sample_mask)[0]
+def _needed(primal) -> tuple | None:
+    """Whether an argument needs a gradient, by a structure: what is saved for a gradient may be no bool."""
+    return () if primal.perturbed else None
 
 
-def _train_block_forward(block, x, kernel, bias, scale, shift, sample_mask):
-    def piece(taken):
-        x, mask = taken
-        z = convolve(x, kernel, block.padding)
-        count = jnp.sum(mask) * (z.shape[1] * z.shape[2])
-        total = _sum_over_positions(lambda rows: _response(block, rows, bias), z)
-        mean = total @ mask / jnp.maximum(count, 1.0)  # (F, b) (b,) -> (F,)
-        squares = _sum_over_positions(lambda rows: (_response(block, rows, bias) - _channels(mean)) ** 2, z)
-        extreme, place = _signed_max_pool(z, scale, block.window, block.pool_padding)
-        extreme = _response(block, extreme, bias)
-        return (count, mean, squares @ mask), extreme, place, z if block.pieces == 1 else None
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def train_block(
+    implementation: Implementation,
+    block: Block,
+    x: jax.Array,
+    kernel: jax.Array,
+    bias: jax.Array,
+    scale: jax.Array,
+    shift: jax.Array,
+    sample_mask: jax.Array,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """A block with the statistics of the batch, which carry no gradient of their own.
 
-    batch = x.shape[-1]
-    moments, extreme, place, z = _over_pieces(piece, block, (_cut(block, x), _cut(block, sample_mask)))
-    counts, means, deviations = moments  # (pieces,), (pieces, F), (pieces, F)
-    count = jnp.maximum(jnp.sum(counts), 1.0)
-    mean = counts @ means / count  # (pieces,) (pieces, F) -> (F,)
-    # Chan, Golub and LeVeque 1979: deviations of the parts, and of their means.
-    variance = (jnp.sum(deviations, axis=0) + counts @ (means - mean[None]) ** 2) / count
+    Args:
+        implementation: What works out the maps.
+        block: The block's static part.
+        x: ``(C, H, W, B)``.
+        kernel: ``(k, k, C, F)``.
+        bias: ``(F,)``.
+        scale: ``(F,)``, of the normalisation.
+        shift: ``(F,)``, of the normalisation.
+        sample_mask: ``(B,)``, 0 for padding and else 1; of x's type.
+
+    Returns:
+        The pooled maps ``(F, H', W', B)``, and mean and variance of the batch, each ``(F,)``.
+    """
+    return _normalise(implementation, block, x, kernel, bias, scale, shift, sample_mask)[0]
+
+
+def _normalise(implementation, block, x, kernel, bias, scale, shift, sample_mask):
+    extreme, place, mean, variance, kept = implementation.forward(block, x, kernel, bias, scale, sample_mask)
     inverse = jax.lax.rsqrt(variance + block.epsilon)
-    normalised = (_join(extreme, batch) - _channels(mean)) * _channels(inverse)
+    normalised = (extreme - _channels(mean)) * _channels(inverse)
     y = _channels(scale) * normalised + _channels(shift)
-    outputs = y, mean + bias, variance
-    return outputs, (x, kernel, bias, scale, mean, inverse, count, normalised, place, sample_mask, z)
+    return (y, mean + bias, variance), (mean, inverse, normalised, place, kept)
 
 
-def _train_block_backward(block, saved, gradients):
-    x, kernel, bias, scale, mean, inverse, count, normalised, place, sample_mask, z = saved
-    gradient = gradients[0] * sample_mask[None, None, None]  # (F, H', W', B); statistics carry no gradient
+def _forward(implementation, block, *primals):
+    x, kernel, bias, scale, shift, sample_mask = (each.value for each in primals)
+    outputs, results = _normalise(implementation, block, x, kernel, bias, scale, shift, sample_mask)
+    return outputs, (x, kernel, bias, scale, sample_mask, _needed(primals[0]), *results)
+
+
+def _backward(implementation, block, saved, gradients):
+    x, kernel, bias, scale, sample_mask, to_x, mean, inverse, normalised, place, kept = saved
+    gradient = gradients[0]  # (F, H', W', B)
+    if isinstance(gradient, SymbolicZero):
+        gradient = jnp.zeros_like(normalised)
+    gradient = gradient * sample_mask[None, None, None]
+    height, width = block.map_sides(x, kernel)
+    count = jnp.maximum(jnp.sum(sample_mask) * (height * width), 1.0)
     scale_gradient = jnp.sum(gradient * normalised, axis=(1, 2, 3))
     shift_gradient = jnp.sum(gradient, axis=(1, 2, 3))
     # Of the usual gradient of batch normalisation the first term lives on the windows' winners alone.
-    factor = _channels(scale * inverse)
-    constant = factor * _channels(shift_gradient / count - mean * inverse * scale_gradient / count)
-    slope = factor * _channels(inverse * scale_gradient / count)
-    gradient = factor * gradient
-
-    def piece(taken):
-        x, gradient, place, mask, z = taken
-        z = _response(block, convolve(x, kernel, block.padding) if z is None else z, bias)
-
-        def gradient_of_z():
-            # Made here, as XLA would make them anew for every number: (1, H, W, 1), the place in its window.
-            rows, columns = ((np.arange(side) + block.pool_padding) % block.window for side in z.shape[1:3])
-            here = (rows[:, None] * block.window + columns[None]).astype(place.dtype)[None, :, :, None]
-            won = _spread(place, block.window, block.pool_padding, z.shape) == here
-            sparse = jnp.where(won, _spread(gradient, block.window, block.pool_padding, z.shape), 0.0)
-            constants, slopes = (each * mask[None, None, None] for each in (constant, slope))  # (F, 1, 1, b)
-            return sparse - (constants + slopes * z)
-
-        if block.rectify:
-            z_gradient = jnp.where(z > _channels(-bias), gradient_of_z(), 0.0)
-            bias_gradient = jnp.sum(z_gradient, axis=(1, 2, 3))
-        else:
-            # Padding alone needs no work. And what a branch makes keeps its shape: an XLA that merges these loops into
-            # the flat array of the product below takes twice as long.
-            z_gradient = jax.lax.cond(jnp.any(mask > 0), gradient_of_z, lambda: jnp.zeros_like(z))
-            bias_gradient = jnp.zeros_like(bias)
-        x_gradient, kernel_gradient = _convolve_backward(block.padding, (x, kernel), z_gradient)
-        return x_gradient, kernel_gradient, bias_gradient
-
-    taken = (_cut(block, x), _cut(block, gradient), place, _cut(block, sample_mask), z)
-    x_gradient, kernel_gradient, bias_gradient = _over_pieces(piece, block, taken)
-    return (
-        _join(x_gradient, x.shape[-1]),
-        jnp.sum(kernel_gradient, axis=0),
-        jnp.sum(bias_gradient, axis=0),
-        scale_gradient,
-        shift_gradient,
-        None,
+    factor = scale * inverse
+    constant = factor * (shift_gradient / count - mean * inverse * scale_gradient / count)
+    slope = factor * inverse * scale_gradient / count
+    of_kernel, of_bias, of_x = implementation.backward(
+        block,
+        x,
+        kernel,
+        bias,
+        sample_mask,
+        _channels(factor) * gradient,
+        place,
+        constant,
+        slope,
+        kept,
+        to_x is not None,
     )
+    return of_x, of_kernel, of_bias, scale_gradient, shift_gradient, None
 
 
-_train_block.defvjp(_train_block_forward, _train_block_backward)
+train_block.defvjp(_forward, _backward, symbolic_zeros=True)
 
 
-def _signed_max_pool(x: jax.Array, scale: jax.Array, window: int, padding: int) -> tuple[jax.Array, jax.Array]:
-    """Window maxima of channels of non-negative ``scale``, minima of the others, and which member won (the first)."""
-    sign = _channels(jnp.where(scale < 0, -1.0, 1.0).astype(x.dtype))
-    pieces = _window_pieces(x * sign, window, padding, -jnp.inf)
-    best, place = pieces[0], jnp.zeros_like(pieces[0])  # integers would leave vectors half empty
-    for number, piece in enumerate(pieces[1:], start=1):
-        place = jnp.where(piece > best, float(number), place)
-        best = jnp.maximum(best, piece)
-    return best * sign, place
-
-
-def _pooled_extremes(block: _Block, x: jax.Array, kernel: jax.Array, bias: jax.Array, scale: jax.Array) -> jax.Array:
-    """Responses that pooling lets through, less the bias: ``(C, H, W, B)`` to ``(F, H', W', B)``."""
-
-    def extremes(x):
-        pooled, _ = _signed_max_pool(convolve(x, kernel, block.padding), scale, block.window, block.pool_padding)
-        return _response(block, pooled, bias)
-
-    return _join(_over_pieces(extremes, block, _cut(block, x)), x.shape[-1])
+def _channels(values: jax.Array) -> jax.Array:
+    return values[:, None, None, None]  # (F,) -> (F, 1, 1, 1)
 
 
 class BatchNorm(nn.Module):
@@ -325,19 +241,15 @@ class Normaliser(NamedTuple):
 
 
 def convolution_block(
+    implementation: Implementation,
+    block: Block,
     x: jax.Array,
     kernel: jax.Array,
     bias: jax.Array,
     normalisers: Sequence[Normaliser],
     sample_mask: jax.Array,
     *,
-    padding: int,
-    window: int,
-    pool_padding: int = 0,
-    rectify: bool,
     train: bool,
-    cache_bytes: int = 0,
-    epsilon: float = 1e-5,
 ) -> jax.Array:
     """Convolution, a ReLU or none, batch normalisation and max pooling, exact with masked samples.
 
@@ -345,41 +257,29 @@ def convolution_block(
     follow PyTorch: the running variance takes the unbiased estimate.
 
     Args:
+        implementation: What works out the maps.
+        block: The block's static part.
         x: ``(C, H, W, B)``.
         kernel: ``(k, k, C, F)``.
         bias: ``(F,)``.
         normalisers: One or more, whose channels together are F: several streams cost no more than one.
         sample_mask: ``(B,)`` bool, False for padding.
-        padding: Zeros on each side of ``x``, at most ``k - 1``.
-        window: Side of a pooling window and its stride.
-        pool_padding: Padding of the pooling, below ``window``; it never wins.
-        rectify: Whether a ReLU comes before the normalisation.
         train: Whether to use, and update, statistics of the batch.
-        cache_bytes: Work on so many samples at a time that their maps take no more, as a CPU likes it; 0 for all at
-            once and by tiles, as an accelerator does.
-        epsilon: Added to the variance.
 
     Returns:
         ``(F, H', W', B)`` with ``H' = (H + 2 padding - k + 1 + 2 pool_padding - window) // window + 1``.
     """
     scale = jnp.concatenate([each.scale for each in normalisers])
     shift = jnp.concatenate([each.bias for each in normalisers])
-    height, width = (side + 2 * padding - kernel.shape[0] + 1 for side in x.shape[1:3])
-    if cache_bytes:
-        sample_bytes = height * width * kernel.shape[-1] * x.dtype.itemsize
-        pieces = -(-x.shape[-1] // max(_LEAST_TOGETHER, cache_bytes // sample_bytes // 8 * 8))
-        block = _Block(padding, window, pool_padding, rectify, pieces, epsilon)
-        train_block, pooled_extremes = _train_block, _pooled_extremes
-    else:
-        block = tiles.Block(padding, window, pool_padding, rectify, epsilon)
-        train_block, pooled_extremes = tiles.train_block, tiles.pooled_extremes
     if not train:
         mean = jnp.concatenate([each.mean.value for each in normalisers]) - bias
         variance = jnp.concatenate([each.var.value for each in normalisers])
-        extreme = pooled_extremes(block, x, kernel, bias, scale)
-        return _channels(scale * jax.lax.rsqrt(variance + epsilon)) * (extreme - _channels(mean)) + _channels(shift)
+        extreme = extremes(implementation, block, x, kernel, bias, scale)
+        factor = scale * jax.lax.rsqrt(variance + block.epsilon)
+        return _channels(factor) * (extreme - _channels(mean)) + _channels(shift)
     mask = sample_mask.astype(x.dtype)
-    y, mean, variance = train_block(block, x, kernel, bias, scale, shift, mask)
+    y, mean, variance = train_block(implementation, block, x, kernel, bias, scale, shift, mask)
+    height, width = block.map_sides(x, kernel)
     _update(normalisers, mean, variance, jnp.sum(mask) * (height * width))
     return y
 

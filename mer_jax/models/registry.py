@@ -5,6 +5,8 @@ from typing import NamedTuple
 
 from mer_jax.errors import UserError
 from mer_jax.fields import FLAG, SECTION, TEXT, Kind, Kinds, check_fields, one_of, whole
+from mer_jax.models import cpu_blocks, tiles
+from mer_jax.models.convolution import Implementation
 from mer_jax.models.fusion import DROPOUT_KINDS, FUSIONS, FusionClassifier
 from mer_jax.models.micro_attnet import MicroAttNet
 from mer_jax.models.ststnet import STSTNet
@@ -43,9 +45,6 @@ _BEGIN = {
     "micro_attnet": "begin a config with get_config() of configs/micro_attnet.py",
     "ststnet": "begin a config with get_config() of configs/megc2019.py",
 }
-
-# What of a convolution's maps a core of a CPU keeps at hand (measured: see benchmarks/micro_attnet.py).
-_CACHE_BYTES = 1 << 20
 
 
 class Learner(NamedTuple):
@@ -130,10 +129,14 @@ def build_learner(config: Mapping, channels: Sequence[str], num_classes: int, pl
     """
     builders = {"fusion": _build_fusion, "micro_attnet": _build_micro_attnet, "ststnet": _build_ststnet}
     check_model(config, channels, config.get("name") in CONVOLUTIONAL)
-    return builders[config["name"]](config, tuple(channels), num_classes, _CACHE_BYTES if platform == "cpu" else 0)
+    return builders[config["name"]](config, tuple(channels), num_classes, platform)
 
 
-def _build_micro_attnet(config: Mapping, channels: tuple[str, ...], num_classes: int, cache_bytes: int) -> Learner:
+def _blocks(platform: str) -> Implementation:
+    return cpu_blocks.IMPLEMENTATION if platform == "cpu" and cpu_blocks.available() else tiles.IMPLEMENTATION
+
+
+def _build_micro_attnet(config: Mapping, channels: tuple[str, ...], num_classes: int, platform: str) -> Learner:
     se_stream = config["se_stream"]
     model = MicroAttNet(
         num_classes=num_classes,
@@ -145,7 +148,7 @@ def _build_micro_attnet(config: Mapping, channels: tuple[str, ...], num_classes:
         attention_hidden=config["attention_hidden"],
         se_reduction=config["se_reduction"],
         hidden_dim=config["hidden_dim"],
-        cache_bytes=cache_bytes,
+        implementation=_blocks(platform),
     )
 
     def init(key, inputs):
@@ -168,9 +171,9 @@ def _build_micro_attnet(config: Mapping, channels: tuple[str, ...], num_classes:
     return Learner(init, apply, stream_names=channels if config["attention"] else ())
 
 
-def _build_ststnet(config: Mapping, channels: tuple[str, ...], num_classes: int, cache_bytes: int) -> Learner:
+def _build_ststnet(config: Mapping, channels: tuple[str, ...], num_classes: int, platform: str) -> Learner:
     del config, channels
-    model = STSTNet(num_classes, cache_bytes)
+    model = STSTNet(num_classes, _blocks(platform))
 
     def init(key, inputs):
         _check_size(inputs["flow"].shape, 4)
@@ -199,8 +202,8 @@ def _check_size(shape: tuple[int, ...], least: int) -> None:
         )
 
 
-def _build_fusion(config: Mapping, modalities: tuple[str, ...], num_classes: int, cache_bytes: int) -> Learner:
-    del cache_bytes  # its maps are small
+def _build_fusion(config: Mapping, modalities: tuple[str, ...], num_classes: int, platform: str) -> Learner:
+    del platform
     queries = config["num_queries"]
     model = FusionClassifier(
         num_queries={modality: queries[modality] for modality in modalities},

@@ -8,7 +8,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from mer_jax.models.convolution import BatchNorm, ConvParams, Dense, convolution_block
+from mer_jax.models import tiles
+from mer_jax.models.convolution import BatchNorm, Block, ConvParams, Dense, Implementation, convolution_block
 from mer_jax.models.layers import dropout_scale
 
 STREAM_FEATURES = (3, 5, 8)
@@ -22,11 +23,11 @@ class STSTNet(nn.Module):
 
     Attributes:
         num_classes: C.
-        cache_bytes: As in :func:`~mer_jax.models.convolution.convolution_block`; changes speed alone.
+        implementation: What works out the maps; changes speed alone.
     """
 
     num_classes: int
-    cache_bytes: int = 0
+    implementation: Implementation = tiles.IMPLEMENTATION
 
     @nn.compact
     def __call__(
@@ -54,17 +55,14 @@ class STSTNet(nn.Module):
         convs = [ConvParams(f, 3, name=f"conv{n}")(x.shape[0]) for n, f in enumerate(STREAM_FEATURES, start=1)]
         norms = [BatchNorm(name=f"bn{number}")(features) for number, features in enumerate(STREAM_FEATURES, start=1)]
         x = convolution_block(
+            self.implementation,
+            Block(padding=2, window=3, pool_padding=1, rectify=True),
             x,
             jnp.concatenate([kernel for kernel, _ in convs], axis=-1),  # (3, 3, channels, 16)
             jnp.concatenate([bias for _, bias in convs]),
             norms,
             mask,
-            padding=2,
-            window=3,
-            pool_padding=1,
-            rectify=True,
             train=train,
-            cache_bytes=self.cache_bytes,
         )  # (16, H', W', B)
         scale = dropout_scale(self, x.shape, dropout, train, sample_axis=3)
         x = x if scale is None else x * scale

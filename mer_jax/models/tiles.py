@@ -1,12 +1,10 @@
-"""Convolution, batch normalisation and max pooling by tiles of one pooling window each, for accelerators.
+"""Blocks of a convolutional network by tiles of one pooling window each, in JAX alone, as accelerators like them.
 
 A patch for every pixel of a map is 9 or 25 times as large as the map, and an accelerator waits for memory, not for
 arithmetic. Here a patch is all that the pixels of one pooling window are computed from, ``p + k - 1`` pixels a side for
 a window of p and a kernel of k: for windows of 3 and kernels of 5 a fifth of the memory, for twice the arithmetic,
 which is one product with a kernel that is spread over the window. The pixels of a window lie along an axis of their
 own, so that pooling and its gradient are element-wise.
-
-Sums, statistics and gradients are those of :mod:`mer_jax.models.convolution`.
 """
 
 import functools
@@ -16,23 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-
-class Block(NamedTuple):
-    """The static part of a block.
-
-    Attributes:
-        padding: Zeros on each side of the convolved maps.
-        window: Side and stride p of the pooling windows.
-        pool_padding: Padding of the pooling, which never wins.
-        rectify: Whether there is a ReLU between convolution and normalisation.
-        epsilon: Added to the variance.
-    """
-
-    padding: int
-    window: int
-    pool_padding: int
-    rectify: bool
-    epsilon: float
+from mer_jax.models.convolution import Block, Implementation
 
 
 class _Axis(NamedTuple):
@@ -115,7 +97,7 @@ def _features(values: jax.Array) -> jax.Array:
 
 
 def _response(block: Block, z: jax.Array, bias: jax.Array) -> jax.Array:
-    """What is normalised, less the bias, of what a convolution gave; ``max(z + b, 0) - b = max(z, -b)``."""
+    """The responses of what a convolution gave."""
     return jnp.maximum(z, (_channels if z.ndim == 4 else _features)(-bias)) if block.rectify else z
 
 
@@ -125,7 +107,7 @@ def _places(block: Block) -> type[np.integer]:
 
 
 def _extremes(block: Block, z: jax.Array, scale: jax.Array, rows: _Axis, columns: _Axis) -> tuple[jax.Array, jax.Array]:
-    """Maxima of channels of non-negative ``scale``, minima of the others, and their places (the first of equals)."""
+    """Maxima of channels of non-negative ``scale``, minima of the others, and their places."""
     sign = jnp.where(scale < 0, -1.0, 1.0).astype(z.dtype)
     signed = jnp.where(_within(rows, columns), z * _features(sign), -jnp.inf)[:, :, : rows.pooled, : columns.pooled]
     kind = _places(block)
@@ -138,37 +120,9 @@ def _extremes(block: Block, z: jax.Array, scale: jax.Array, rows: _Axis, columns
     return best * _channels(sign), place
 
 
-def pooled_extremes(block: Block, x: jax.Array, kernel: jax.Array, bias: jax.Array, scale: jax.Array) -> jax.Array:
-    """Responses that pooling lets through, less the bias: ``(C, H, W, B)`` to ``(F, H', W', B)``."""
+def _pooled_extremes(block, x, kernel, bias, scale):
     extreme, _ = _extremes(block, _convolve(block, x, kernel), scale, *_axes(block, x, kernel))
     return _response(block, extreme, bias)
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def train_block(
-    block: Block,
-    x: jax.Array,
-    kernel: jax.Array,
-    bias: jax.Array,
-    scale: jax.Array,
-    shift: jax.Array,
-    sample_mask: jax.Array,
-) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """A block with the statistics of the batch, which carry no gradient of their own.
-
-    Args:
-        block: Its static part.
-        x: ``(C, H, W, B)``.
-        kernel: ``(k, k, C, F)``.
-        bias: ``(F,)``.
-        scale: ``(F,)``, of the normalisation.
-        shift: ``(F,)``, of the normalisation.
-        sample_mask: ``(B,)``, 0 for padding and else 1; of x's type.
-
-    Returns:
-        The pooled maps ``(F, H', W', B)``, and mean and variance of the batch, each ``(F,)``.
-    """
-    return _forward(block, x, kernel, bias, scale, shift, sample_mask)[0]
 
 
 def _over_samples(maps: jax.Array, sample_mask: jax.Array) -> jax.Array:
@@ -176,7 +130,7 @@ def _over_samples(maps: jax.Array, sample_mask: jax.Array) -> jax.Array:
     return jnp.matmul(jnp.sum(maps, axis=(0, 2, 3)), sample_mask, precision="highest")  # (F, B) (B,) -> (F,)
 
 
-def _forward(block, x, kernel, bias, scale, shift, sample_mask):
+def _forward(block, x, kernel, bias, scale, sample_mask):
     rows, columns = _axes(block, x, kernel)
     within = _within(rows, columns)
     z = _convolve(block, x, kernel)
@@ -185,37 +139,26 @@ def _forward(block, x, kernel, bias, scale, shift, sample_mask):
     mean = _over_samples(jnp.where(within, response, 0.0), sample_mask) / count
     deviation = jnp.where(within, response - _features(mean), 0.0)
     variance = _over_samples(deviation**2, sample_mask) / count
-    inverse = jax.lax.rsqrt(variance + block.epsilon)
     extreme, place = _extremes(block, z, scale, rows, columns)
-    normalised = (_response(block, extreme, bias) - _channels(mean)) * _channels(inverse)
-    y = _channels(scale) * normalised + _channels(shift)
-    outputs = y, mean + bias, variance
-    return outputs, (x, kernel, bias, scale, mean, inverse, count, normalised, place, sample_mask, z)
+    return _response(block, extreme, bias), place, mean, variance, z
 
 
-def _backward(block, saved, gradients):
-    x, kernel, bias, scale, mean, inverse, count, normalised, place, sample_mask, z = saved
+def _backward(block, x, kernel, bias, sample_mask, gradient, place, constant, slope, z, to_x):
     rows, columns = _axes(block, x, kernel)
-    gradient = gradients[0] * sample_mask[None, None, None]  # (F, H', W', B)
-    scale_gradient = jnp.sum(gradient * normalised, axis=(1, 2, 3))
-    shift_gradient = jnp.sum(gradient, axis=(1, 2, 3))
-    # Of the usual gradient of batch normalisation the first term lives on the windows' winners alone.
-    factor = scale * inverse
-    constant = _features(factor * (shift_gradient / count - mean * inverse * scale_gradient / count))
-    slope = _features(factor * inverse * scale_gradient / count)
     # Windows beyond those that pooling takes have no winner.
     beyond = ((0, 0), (0, rows.windows - rows.pooled), (0, columns.windows - columns.pooled), (0, 0))
     here = np.arange(len(z), dtype=_places(block))[:, None, None, None, None]
     won = jnp.pad(place, beyond, constant_values=len(z))[None] == here
-    sparse = jnp.where(won, jnp.pad(_channels(factor) * gradient, beyond)[None], 0.0)
-    dense = (constant + slope * _response(block, z, bias)) * sample_mask[None, None, None, None]
+    sparse = jnp.where(won, jnp.pad(gradient, beyond)[None], 0.0)
+    dense = (_features(constant) + _features(slope) * _response(block, z, bias)) * sample_mask[None, None, None, None]
     z_gradient = jnp.where(_within(rows, columns), sparse - dense, 0.0)
     bias_gradient = jnp.zeros_like(bias)
     if block.rectify:
         z_gradient = jnp.where(z > _features(-bias), z_gradient, 0.0)
         bias_gradient = jnp.sum(z_gradient, axis=(0, 2, 3, 4))
     _, pull = jax.vjp(functools.partial(_convolve, block), x, kernel)
-    return *pull(z_gradient), bias_gradient, scale_gradient, shift_gradient, None
+    x_gradient, kernel_gradient = pull(z_gradient)
+    return kernel_gradient, bias_gradient, x_gradient if to_x else None
 
 
-train_block.defvjp(_forward, _backward)
+IMPLEMENTATION = Implementation(_pooled_extremes, _forward, _backward)
