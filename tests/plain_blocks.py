@@ -33,19 +33,20 @@ def _extremes(block, x, kernel, bias, scale):
 
 
 def _forward(block, x, kernel, bias, scale, sample_mask):
-    response = responses(block, x, kernel, bias)
-    count = jnp.maximum(jnp.sum(sample_mask) * response[0, :, :, 0].size, 1.0)
-    mean = jnp.sum(response * sample_mask[None, None, None], axis=(1, 2, 3)) / count
-    deviation = (response - mean[:, None, None, None]) * sample_mask[None, None, None]
-    return *pooled(block, response, scale), mean, jnp.sum(deviation**2, axis=(1, 2, 3)) / count, scale
-
-
-def _backward(block, x, kernel, bias, sample_mask, gradient, place, constant, slope, scale, to_x):
     def both(x, kernel, bias):
         response = responses(block, x, kernel, bias)
         return pooled(block, response, scale)[0], response
 
-    (_, response), pull = jax.vjp(both, x, kernel, bias)
+    (extreme, response), pull = jax.vjp(both, x, kernel, bias)
+    count = jnp.maximum(jnp.sum(sample_mask) * response[0, :, :, 0].size, 1.0)
+    mean = jnp.sum(response * sample_mask[None, None, None], axis=(1, 2, 3)) / count
+    deviation = (response - mean[:, None, None, None]) * sample_mask[None, None, None]
+    variance = jnp.sum(deviation**2, axis=(1, 2, 3)) / count
+    return extreme, pooled(block, response, scale)[1], mean, variance, (response, pull)
+
+
+def _backward(block, x, kernel, bias, sample_mask, gradient, place, constant, slope, kept, to_x):
+    response, pull = kept
     constant, slope = (each[:, None, None, None] for each in (constant, slope))
     dense = -(constant + slope * response) * sample_mask[None, None, None]
     of_x, of_kernel, of_bias = pull((gradient, dense))

@@ -33,7 +33,8 @@ from mer_jax.files import (
     read_arrays,
     read_json,
 )
-from mer_jax.models.registry import Learner, build_learner
+from mer_jax.models import cpu_blocks
+from mer_jax.models.registry import CONVOLUTIONAL, Learner, build_learner
 from mer_jax.progress import Silent, progress
 from mer_jax.study import engine, shown
 from mer_jax.study.checkpoints import BlockCheckpoints, save_tree
@@ -480,24 +481,31 @@ def block_size(num_members: int, num_devices: int, device_kind: str, wanted: int
     return -(-num_members // (num_devices * rounds))
 
 
-def _settled_block_size(workdir: Path, chosen: int | None, platform: str) -> int:
+def _settled_block_size(workdir: Path, chosen: int | None, platform: str, compiled: bool) -> int:
     """The block size that the run began with: a resumed run cuts its members into the same blocks.
 
     Args:
         workdir: Folder of the run.
         chosen: What a new run settles; None in a process that follows another.
         platform: Of the devices.
+        compiled: Whether convolutions run by the CPU's own code.
 
     Returns:
         The number of members of a block.
 
     Raises:
-        UserError: The run began on another kind of device, or with other loops: results differ in their last bits.
+        UserError: The run began on another kind of device, or with other loops or convolutions: results differ in
+                their last bits.
     """
     path = workdir / _BLOCKS
     merged = loops_are_merged()
     if chosen is not None and not path.is_file():
-        settled = {"members_together": chosen, "platform": platform, "merged_loops": merged}
+        settled = {
+            "members_together": chosen,
+            "platform": platform,
+            "merged_loops": merged,
+            "compiled_convolutions": compiled,
+        }
         atomic_write_text(path, json.dumps(settled) + "\n")
     again = "delete it and run the same command again, which settles it anew"
     settled = read_json(path, again)
@@ -513,6 +521,16 @@ def _settled_block_size(workdir: Path, chosen: int | None, platform: str) -> int
         raise UserError(
             f"{workdir} holds a study that began {began} XLA's merged loops and would go on {goes_on} them; add "
             f"--{OPTIONS}={option} to XLA_FLAGS before JAX starts, or choose another --workdir"
+        )
+    if settled.get("compiled_convolutions", False) != compiled:
+        began, goes_on, remedy = (
+            ("without", "with", "set CXX= to go without")
+            if compiled
+            else ("with", "without", "set CXX to a C++17 compiler that works")
+        )
+        raise UserError(
+            f"{workdir} holds a study that began {began} compiled convolutions and would go on {goes_on} them; "
+            f"{remedy}, or choose another --workdir"
         )
     return settled["members_together"]
 
@@ -577,6 +595,7 @@ def _train_on(
 ) -> int:
     platform, num_members = devices[0].platform, len(plan.members)
     one_by_one = platform == "cpu"
+    compiled = one_by_one and config.model.name in CONVOLUTIONAL and cpu_blocks.available()
     if group.leads:
         _tell_devices(group, devices)
     told = group.wait("devices")
@@ -607,7 +626,7 @@ def _train_on(
         if not (config.study.members_together or (workdir / _BLOCKS).is_file()):
             memory = fit(wanted)
             wanted = memory.together
-        size = _settled_block_size(workdir, wanted, platform)
+        size = _settled_block_size(workdir, wanted, platform, compiled)
         blocks = _blocks(num_members, size)
         _gather_metrics(workdir, plan, blocks)
         if compiles_by_timing(platform):
@@ -615,7 +634,7 @@ def _train_on(
             compile_ends(programs, plan.arrays, plan.inputs[0], devices[0], memory.together)
         group.tell("ready", finished=False)
     else:
-        size = _settled_block_size(workdir, None, platform)
+        size = _settled_block_size(workdir, None, platform, compiled)
         blocks = _blocks(num_members, size)
     devices = devices[: len(blocks)]
     if memory is None or memory.together != size:

@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 
 import mer_jax.study.train as train_module
+from mer_jax.errors import UserError
 from mer_jax.study.results import StudyResults
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -368,6 +369,15 @@ def test_loops_of_another_kind_are_refused(challenge, copy, told, monkeypatch, b
     line = told(challenge.overrides, "copy")
     began, option = ("with", "xla_cpu_use_multi_output_fusion") if began_with else ("without", "xla_none")
     assert f"began {began} XLA's merged loops" in line and f"add --xla_backend_extra_options={option} to XLA_FL" in line
+
+
+@pytest.mark.parametrize("began_with", [False, True])
+def test_convolutions_of_another_kind_are_refused(tmp_path, began_with):
+    assert train_module._settled_block_size(tmp_path, 2, "cpu", began_with) == 2
+    assert train_module._settled_block_size(tmp_path, None, "cpu", began_with) == 2
+    began, remedy = ("with", "set CXX to a C") if began_with else ("without", "set CXX= to go without")
+    with pytest.raises(UserError, match=f"began {began} compiled convolutions .*{remedy}.*another --workdir"):
+        train_module._settled_block_size(tmp_path, 2, "cpu", not began_with)
 
 
 def test_a_library_changes_no_option_of_the_process_that_uses_it(challenge, finished, tmp_path):

@@ -104,6 +104,7 @@ def test_a_machine_compiles_once(monkeypatch, tmp_path):
         return subprocess.run(command, check=True, capture_output=True, text=True).stdout
 
     monkeypatch.setattr(cpu_blocks, "_run", run)
+    monkeypatch.setattr(cpu_blocks, "_FLAGS", [flag for flag in cpu_blocks._FLAGS if flag != "-O3"])
     compiler = cpu_blocks._compiler()
     first = cpu_blocks._built(compiler)
     again = cpu_blocks._built(compiler)
