@@ -45,8 +45,9 @@ def _forward(block, x, kernel, bias, scale, sample_mask):
     return extreme, pooled(block, response, scale)[1], mean, variance, (response, pull)
 
 
-def _backward(block, x, kernel, bias, sample_mask, gradient, place, constant, slope, kept, to_x):
+def _backward(block, x, kernel, bias, sample_mask, gradient, place, factor, constant, slope, kept, to_x):
     response, pull = kept
+    gradient = factor[:, None, None, None] * gradient * sample_mask[None, None, None]
     constant, slope = (each[:, None, None, None] for each in (constant, slope))
     dense = -(constant + slope * response) * sample_mask[None, None, None]
     of_x, of_kernel, of_bias = pull((gradient, dense))

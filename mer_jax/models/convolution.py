@@ -65,10 +65,10 @@ class Implementation(NamedTuple):
         extremes: ``(block, x, kernel, bias, scale) -> extremes (F, H', W', B)``.
         forward: ``(block, x, kernel, bias, scale, sample_mask) -> (extremes, places, mean (F,), variance (F,), kept)``:
             moments of all responses of the mask's samples, 0 without any, and what ``backward`` may want again.
-        backward: ``(block, x, kernel, bias, sample_mask, gradient, places, constant (F,), slope (F,), kept, to_x) ->
-            (kernel gradient, sums of z's gradient (F,), x gradient or None)`` for ``gradient`` ``(F, H', W', B)`` of
-            the extremes and ``-(constant + slope response)`` of all responses of the mask's samples. The sums are 0
-            without a ReLU. ``to_x`` says whether x, which may be data, needs a gradient.
+        backward: ``(block, x, kernel, bias, sample_mask, gradient (F, H', W', B), places, factor (F,), constant (F,),
+            slope (F,), kept, to_x) -> (kernel gradient, sums of z's gradient (F,), x gradient or None)`` for
+            ``factor gradient`` of the extremes and ``-(constant + slope response)`` of all responses, of the mask's
+            samples alone. The sums are 0 without a ReLU. ``to_x`` says whether x, which may be data, needs a gradient.
     """
 
     extremes: Callable
@@ -105,12 +105,12 @@ def _extremes_forward(implementation, block, *primals):
 
 def _extremes_backward(implementation, block, saved, gradient):
     x, kernel, bias, mask, place, kept, to_x = saved
-    none = jnp.zeros_like(bias)
+    none, one = jnp.zeros_like(bias), jnp.ones_like(bias)
     of_kernel, total, of_x = implementation.backward(
-        block, x, kernel, bias, mask, gradient, place, none, none, kept, to_x is not None
+        block, x, kernel, bias, mask, gradient, place, one, none, none, kept, to_x is not None
     )
     # Where a ReLU is closed, the response -bias remains.
-    return of_x, of_kernel, total - jnp.sum(gradient, axis=(1, 2, 3)) if block.rectify else none, None
+    return of_x, of_kernel, total - _over_samples(gradient, mask) if block.rectify else none, None
 
 
 extremes.defvjp(_extremes_forward, _extremes_backward, symbolic_zeros=True)
@@ -153,9 +153,8 @@ def train_block(
 def _normalise(implementation, block, x, kernel, bias, scale, shift, sample_mask):
     extreme, place, mean, variance, kept = implementation.forward(block, x, kernel, bias, scale, sample_mask)
     inverse = jax.lax.rsqrt(variance + block.epsilon)
-    normalised = (extreme - _channels(mean)) * _channels(inverse)
-    y = _channels(scale) * normalised + _channels(shift)
-    return (y, mean + bias, variance), (mean, inverse, normalised, place, kept)
+    y = _channels(scale) * ((extreme - _channels(mean)) * _channels(inverse)) + _channels(shift)
+    return (y, mean + bias, variance), (mean, inverse, extreme, place, kept)
 
 
 def _forward(implementation, block, *primals):
@@ -164,32 +163,29 @@ def _forward(implementation, block, *primals):
     return outputs, (x, kernel, bias, scale, sample_mask, _needed(primals[0]), *results)
 
 
+def _over_samples(maps: jax.Array, sample_mask: jax.Array) -> jax.Array:
+    """Sums over pixels and the samples of a mask, ``(F, H', W', B)`` to ``(F,)``; never of rounded factors.
+
+    The sum over samples is a product: a reduction over all three axes at once is a scalar loop on a CPU.
+    """
+    return jnp.matmul(jnp.sum(maps, axis=(1, 2)), sample_mask, precision="highest")  # (F, B) (B,) -> (F,)
+
+
 def _backward(implementation, block, saved, gradients):
-    x, kernel, bias, scale, sample_mask, to_x, mean, inverse, normalised, place, kept = saved
+    x, kernel, bias, scale, sample_mask, to_x, mean, inverse, extreme, place, kept = saved
     gradient = gradients[0]  # (F, H', W', B)
     if isinstance(gradient, SymbolicZero):
-        gradient = jnp.zeros_like(normalised)
-    gradient = gradient * sample_mask[None, None, None]
+        gradient = jnp.zeros_like(extreme)
     height, width = block.map_sides(x, kernel)
     count = jnp.maximum(jnp.sum(sample_mask) * (height * width), 1.0)
-    scale_gradient = jnp.sum(gradient * normalised, axis=(1, 2, 3))
-    shift_gradient = jnp.sum(gradient, axis=(1, 2, 3))
+    scale_gradient = inverse * _over_samples(gradient * (extreme - _channels(mean)), sample_mask)
+    shift_gradient = _over_samples(gradient, sample_mask)
     # Of the usual gradient of batch normalisation the first term lives on the windows' winners alone.
     factor = scale * inverse
     constant = factor * (shift_gradient / count - mean * inverse * scale_gradient / count)
     slope = factor * inverse * scale_gradient / count
     of_kernel, of_bias, of_x = implementation.backward(
-        block,
-        x,
-        kernel,
-        bias,
-        sample_mask,
-        _channels(factor) * gradient,
-        place,
-        constant,
-        slope,
-        kept,
-        to_x is not None,
+        block, x, kernel, bias, sample_mask, gradient, place, factor, constant, slope, kept, to_x is not None
     )
     return of_x, of_kernel, of_bias, scale_gradient, shift_gradient, None
 

@@ -179,14 +179,19 @@ inline void convolve_tile(const Vector<T>* x, const std::vector<std::ptrdiff_t>&
   Vector<T> sums[kFeatures][kPixels] = {};
   for (const std::ptrdiff_t offset : offsets) {
     Vector<T> pixels[kPixels];
+#pragma GCC unroll 16
     for (int p = 0; p < kPixels; ++p) pixels[p] = x[offset + p];
+#pragma GCC unroll 16
     for (int f = 0; f < kFeatures; ++f) {
       const T weight = weights[f];
+#pragma GCC unroll 16
       for (int p = 0; p < kPixels; ++p) sums[f][p] += weight * pixels[p];
     }
     weights += kFeatures;
   }
+#pragma GCC unroll 16
   for (int f = 0; f < kFeatures; ++f)
+#pragma GCC unroll 16
     for (int p = 0; p < kPixels; ++p) z[f * stride + p] = sums[f][p];
 }
 
@@ -212,20 +217,27 @@ template <typename T, int kTaps>
 inline void correlate_tile(const Vector<T>* x, const std::ptrdiff_t* offsets, int x_width, const Tile<T>& gradient,
                            Vector<T>* sums) {
   Vector<T> held[kTaps][kFeatures];
+#pragma GCC unroll 16
   for (int t = 0; t < kTaps; ++t)
+#pragma GCC unroll 16
     for (int f = 0; f < kFeatures; ++f) held[t][f] = sums[t * kFeatures + f];
   for (int row = 0; row < gradient.rows; ++row, x += x_width) {
     const Vector<T>* at = gradient.at + static_cast<std::size_t>(row) * gradient.width;
     for (int column = 0; column < gradient.columns; ++column) {
       Vector<T> pixels[kTaps];
+#pragma GCC unroll 16
       for (int t = 0; t < kTaps; ++t) pixels[t] = x[offsets[t] + column];
+#pragma GCC unroll 16
       for (int f = 0; f < kFeatures; ++f) {
         const Vector<T> of_feature = at[f * gradient.stride + column];
+#pragma GCC unroll 16
         for (int t = 0; t < kTaps; ++t) held[t][f] += pixels[t] * of_feature;
       }
     }
   }
+#pragma GCC unroll 16
   for (int t = 0; t < kTaps; ++t)
+#pragma GCC unroll 16
     for (int f = 0; f < kFeatures; ++f) sums[t * kFeatures + f] = held[t][f];
 }
 
@@ -330,11 +342,11 @@ PoolRow<T> pool_row_for(bool rectify, bool statistics) {
   return rectify ? pool_row<T, kWindow, true, true> : pool_row<T, kWindow, false, true>;
 }
 
-// Turns a row of a feature into its gradient, `given` for the winners of windows less `constant + slope response` for
-// all samples of the mask, and returns the row's sum.
+// Turns a row of a feature into its gradient, and returns the row's sum: `factor given` for the winners of windows less
+// `constant + slope response`, for the samples of the mask.
 template <typename T, int kWindow, bool kRectify>
-Vector<T> gradient_row(Vector<T>* z, const Windows& windows, bool pooled, int row_place, T floor, T constant, T slope,
-                       Vector<T> mask, const T* given, const T* place, int batch, int lanes) {
+Vector<T> gradient_row(Vector<T>* z, const Windows& windows, bool pooled, int row_place, T floor, T factor, T constant,
+                       T slope, Vector<T> mask, const T* given, const T* place, int batch, int lanes) {
   const Vector<T> none = {}, least = none + floor, all = none + constant, steep = none + slope;
   const auto counts = mask != none;
   Vector<T> sum = {};
@@ -352,7 +364,7 @@ Vector<T> gradient_row(Vector<T>* z, const Windows& windows, bool pooled, int ro
     windows.each<kWindow>(
         [&](int number) INLINED {
           winner = load(place + static_cast<std::size_t>(number) * batch, lanes);
-          value = load(given + static_cast<std::size_t>(number) * batch, lanes);
+          value = factor * load(given + static_cast<std::size_t>(number) * batch, lanes);
         },
         [&](int column, int number) INLINED { turn(column, winner == T(row_place + number) ? value : none); },
         [](int) {});
@@ -363,8 +375,8 @@ Vector<T> gradient_row(Vector<T>* z, const Windows& windows, bool pooled, int ro
 }
 
 template <typename T>
-using GradientRow = Vector<T> (*)(Vector<T>*, const Windows&, bool, int, T, T, T, Vector<T>, const T*, const T*, int,
-                                  int);
+using GradientRow = Vector<T> (*)(Vector<T>*, const Windows&, bool, int, T, T, T, T, Vector<T>, const T*, const T*,
+                                  int, int);
 
 template <typename T, int kWindow>
 GradientRow<T> gradient_row_for(bool rectify) {
@@ -454,11 +466,12 @@ bool forward(const Shape& shape, const T* x, const T* kernel, const T* bias, con
   return true;
 }
 
-// Gradients of kernel and bias, and of x unless `x_gradient` is null, for gradients `given` of the pooled extremes,
-// `constant + slope response` of all pixels taken off.
+// Gradients of kernel and bias, and of x unless `x_gradient` is null, for gradients `factor given` of the pooled
+// extremes, `constant + slope response` of all pixels taken off.
 template <typename T>
 bool backward(const Shape& shape, const T* x, const T* kernel, const T* bias, const T* mask, const T* given,
-              const T* place, const T* constant, const T* slope, T* x_gradient, T* kernel_gradient, T* bias_gradient) {
+              const T* place, const T* factor, const T* constant, const T* slope, T* x_gradient, T* kernel_gradient,
+              T* bias_gradient) {
   const int rows = shape.rows(), columns = shape.columns(), taps = shape.taps();
   const int pooled_rows = shape.pooled_rows(), pooled_columns = shape.pooled_columns();
   const int features = tiles(shape.features) * kFeatures;
@@ -507,8 +520,8 @@ bool backward(const Shape& shape, const T* x, const T* kernel, const T* bias, co
             const std::size_t at =
                 (static_cast<std::size_t>(f) * pooled_rows + window_row) * pooled_columns * shape.batch + start;
             bias_sums[f] += to_gradient(of_row + (f - begin) * z_plane, windows, window_row < pooled_rows,
-                                        shape.place_of(row), -bias[f], constant[f], slope[f], valid, given + at,
-                                        place + at, shape.batch, lanes);
+                                        shape.place_of(row), -bias[f], factor[f], constant[f], slope[f], valid,
+                                        given + at, place + at, shape.batch, lanes);
           }
         }
         correlate<T>(padded + static_cast<std::size_t>(first) * shape.padded_width(), offsets, shape.padded_width(),
@@ -571,12 +584,12 @@ struct Forward {
   }
 };
 
-// x, kernel, bias, mask, gradient and places of the extremes, constant and slope to the gradients of kernel and bias
+// x, kernel, bias, mask, gradient and places of the extremes, factor, constant and slope to the gradients of kernel and bias
 // and, as a third result or not at all, of x.
 struct Backward {
   template <typename T>
   static bool run(const Shape& shape, const Arrays<T>& of) {
-    return backward<T>(shape, of.in(0), of.in(1), of.in(2), of.in(3), of.in(4), of.in(5), of.in(6), of.in(7),
+    return backward<T>(shape, of.in(0), of.in(1), of.in(2), of.in(3), of.in(4), of.in(5), of.in(6), of.in(7), of.in(8),
                        of.results.size() > 2 ? of.out(2) : nullptr, of.out(0), of.out(1));
   }
 };

@@ -117,10 +117,10 @@ def _forward(block, x, kernel, bias, scale, sample_mask):
     return *_call("mer_jax_forward", block, results, x, kernel, bias, scale, sample_mask), None
 
 
-def _backward(block, x, kernel, bias, sample_mask, gradient, place, constant, slope, kept, to_x):
+def _backward(block, x, kernel, bias, sample_mask, gradient, place, factor, constant, slope, kept, to_x):
     del kept  # the maps are made again
     results = [kernel.shape, bias.shape, *([x.shape] if to_x else [])]
-    given = kernel, bias, sample_mask, gradient, place, constant, slope
+    given = kernel, bias, sample_mask, gradient, place, factor, constant, slope
     of_kernel, of_bias, *of_x = _call("mer_jax_backward", block, results, x, *given)
     return of_kernel, of_bias, of_x[0] if to_x else None
 

@@ -143,12 +143,13 @@ def _forward(block, x, kernel, bias, scale, sample_mask):
     return _response(block, extreme, bias), place, mean, variance, z
 
 
-def _backward(block, x, kernel, bias, sample_mask, gradient, place, constant, slope, z, to_x):
+def _backward(block, x, kernel, bias, sample_mask, gradient, place, factor, constant, slope, z, to_x):
     rows, columns = _axes(block, x, kernel)
     # Windows beyond those that pooling takes have no winner.
     beyond = ((0, 0), (0, rows.windows - rows.pooled), (0, columns.windows - columns.pooled), (0, 0))
     here = np.arange(len(z), dtype=_places(block))[:, None, None, None, None]
     won = jnp.pad(place, beyond, constant_values=len(z))[None] == here
+    gradient = _channels(factor) * (gradient * sample_mask[None, None, None])
     sparse = jnp.where(won, jnp.pad(gradient, beyond)[None], 0.0)
     dense = (_features(constant) + _features(slope) * _response(block, z, bias)) * sample_mask[None, None, None, None]
     z_gradient = jnp.where(_within(rows, columns), sparse - dense, 0.0)
