@@ -9,6 +9,7 @@
 
 #include <algorithm>
 #include <cstddef>
+#include <cstdint>
 #include <cstdlib>
 #include <cstring>
 #include <initializer_list>
@@ -18,6 +19,13 @@
 #include "xla/ffi/api/ffi.h"
 
 namespace ffi = xla::ffi;
+
+#define INLINED __attribute__((always_inline))
+#if defined(__AVX__)
+#define KEEP(vector) asm("" : "+v"(vector))  // in a register
+#else
+#define KEEP(vector)
+#endif
 
 namespace {
 
@@ -32,36 +40,45 @@ constexpr int kVectorBytes = 16;
 constexpr int kFeatures = 4;
 #endif
 constexpr int kAcross = 3;        // pixels, or taps of the kernel, in a tile
-constexpr int kPixelsAtOnce = 64;  // whose gradients are at hand when the kernel's is summed up
+constexpr int kPixelsAtOnce = 32;  // whose gradients are at hand when the kernel's is summed up
 
 template <typename T>
 constexpr int kLanes = kVectorBytes / sizeof(T);
+
+using Place = std::uint16_t;  // the number of a pixel in its pooling window
 
 template <typename T>
 struct Vectors {
   typedef T Own __attribute__((vector_size(kVectorBytes)));
   typedef double Wide __attribute__((vector_size(kLanes<T> * sizeof(double))));
+  typedef Place Places __attribute__((vector_size(kLanes<T> * sizeof(Place))));
 };
 template <typename T>
 using Vector = typename Vectors<T>::Own;
 template <typename T>
 using Wide = typename Vectors<T>::Wide;
+template <typename T>
+using Places = typename Vectors<T>::Places;
 
 // The `lanes` samples that lie at `from`, and zeros.
-template <typename T>
-inline Vector<T> load(const T* from, int lanes) {
-  Vector<T> vector = {};
-  if (lanes == kLanes<T>)
-    std::memcpy(&vector, from, sizeof(vector));
+template <typename V, typename T>
+inline V load_as(const T* from, int lanes) {
+  V vector = {};
+  if (lanes * sizeof(T) == sizeof(V))
+    std::memcpy(&vector, from, sizeof(V));
   else
     std::memcpy(&vector, from, lanes * sizeof(T));
   return vector;
 }
-
 template <typename T>
-inline void store(T* to, Vector<T> vector, int lanes) {
-  if (lanes == kLanes<T>)
-    std::memcpy(to, &vector, sizeof(vector));
+inline Vector<T> load(const T* from, int lanes) {
+  return load_as<Vector<T>>(from, lanes);
+}
+
+template <typename T, typename V>
+inline void store(T* to, V vector, int lanes) {
+  if (lanes * sizeof(T) == sizeof(V))
+    std::memcpy(to, &vector, sizeof(V));
   else
     std::memcpy(to, &vector, lanes * sizeof(T));
 }
@@ -229,7 +246,8 @@ inline void correlate_tile(const Vector<T>* x, const std::ptrdiff_t* offsets, in
       for (int t = 0; t < kTaps; ++t) pixels[t] = x[offsets[t] + column];
 #pragma GCC unroll 16
       for (int f = 0; f < kFeatures; ++f) {
-        const Vector<T> of_feature = at[f * gradient.stride + column];
+        Vector<T> of_feature = at[f * gradient.stride + column];
+        KEEP(of_feature);  // a load within each product would take longer than the products
 #pragma GCC unroll 16
         for (int t = 0; t < kTaps; ++t) held[t][f] += pixels[t] * of_feature;
       }
@@ -288,7 +306,6 @@ struct Windows {
   }
 };
 
-#define INLINED __attribute__((always_inline))
 
 // Sums of a feature's responses and of their squares, as deviations from a pilot: a response of the same sample, so that
 // they are small where the variance is.
@@ -298,11 +315,12 @@ struct Moments {
   Wide<T> sum, square;
 };
 
-// Pools a row of a feature into the windows' best values so far, with the sign that makes minima maxima, and adds its
-// responses to the moments. What is not a number wins against all before it.
+// Pools a row of a feature into the windows' best values so far, of which there are none in a window's first row, with
+// the sign that makes minima maxima, and adds its responses to the moments. What is not a number wins against all
+// before it.
 template <typename T, int kWindow, bool kRectify, bool kStatistics>
-void pool_row(const Vector<T>* z, const Windows& windows, bool pooled, int row_place, T sign, T floor, Vector<T>* best,
-              Vector<T>* place, Moments<T>* moments) {
+void pool_row(const Vector<T>* z, const Windows& windows, bool pooled, bool first, int row_place, T sign, T floor,
+              Vector<T>* best, Vector<T>* place, Moments<T>* moments) {
   const Vector<T> pilot = kStatistics ? moments->pilot : Vector<T>{}, least = Vector<T>{} + floor;
   Vector<T> sum = {}, square = {};
   const auto add = [&](Vector<T> value) INLINED {
@@ -314,9 +332,13 @@ void pool_row(const Vector<T>* z, const Windows& windows, bool pooled, int row_p
   };
   int column = 0;
   if (pooled) {
+    const Vector<T> none = Vector<T>{} - std::numeric_limits<T>::infinity();
     Vector<T> most, where;
     windows.each<kWindow>(
-        [&](int number) INLINED { most = best[number], where = place[number]; },
+        [&](int number) INLINED {
+          most = first ? none : best[number];
+          where = first ? Vector<T>{} : place[number];
+        },
         [&](int column, int number) INLINED {
           const Vector<T> value = sign * z[column];
           const auto keeps = value <= most;
@@ -334,7 +356,7 @@ void pool_row(const Vector<T>* z, const Windows& windows, bool pooled, int row_p
 }
 
 template <typename T>
-using PoolRow = void (*)(const Vector<T>*, const Windows&, bool, int, T, T, Vector<T>*, Vector<T>*, Moments<T>*);
+using PoolRow = void (*)(const Vector<T>*, const Windows&, bool, bool, int, T, T, Vector<T>*, Vector<T>*, Moments<T>*);
 
 template <typename T, int kWindow>
 PoolRow<T> pool_row_for(bool rectify, bool statistics) {
@@ -346,16 +368,21 @@ PoolRow<T> pool_row_for(bool rectify, bool statistics) {
 // `constant + slope response`, for the samples of the mask.
 template <typename T, int kWindow, bool kRectify>
 Vector<T> gradient_row(Vector<T>* z, const Windows& windows, bool pooled, int row_place, T floor, T factor, T constant,
-                       T slope, Vector<T> mask, const T* given, const T* place, int batch, int lanes) {
-  const Vector<T> none = {}, least = none + floor, all = none + constant, steep = none + slope;
-  const auto counts = mask != none;
+                       T slope, Vector<T> mask, const T* given, const Place* place, int batch, int lanes) {
+  // Of samples beyond the mask nothing is left but zeros, whatever they hold.
+  const auto counts = mask != 0;
+  const Vector<T> none = {}, least = counts ? none + floor : none + std::numeric_limits<T>::infinity();
+  const Vector<T> all = none + constant, steep = none + slope;
   Vector<T> sum = {};
   const auto turn = [&](int column, Vector<T> sparse) INLINED {
     const Vector<T> value = z[column];
     Vector<T> gradient = sparse - (all + steep * value);
-    if (kRectify) gradient = value > least ? gradient : none;
-    gradient = counts ? gradient : none;
-    sum += gradient;
+    if (kRectify) {
+      gradient = value > least ? gradient : none;
+      sum += gradient;
+    } else {
+      gradient = counts ? gradient : none;
+    }
     z[column] = gradient;
   };
   int column = 0;
@@ -363,8 +390,9 @@ Vector<T> gradient_row(Vector<T>* z, const Windows& windows, bool pooled, int ro
     Vector<T> winner, value;
     windows.each<kWindow>(
         [&](int number) INLINED {
-          winner = load(place + static_cast<std::size_t>(number) * batch, lanes);
-          value = factor * load(given + static_cast<std::size_t>(number) * batch, lanes);
+          const std::size_t at = static_cast<std::size_t>(number) * batch;
+          winner = __builtin_convertvector(load_as<Places<T>>(place + at, lanes), Vector<T>);
+          value = factor * load(given + at, lanes);
         },
         [&](int column, int number) INLINED { turn(column, winner == T(row_place + number) ? value : none); },
         [](int) {});
@@ -375,7 +403,7 @@ Vector<T> gradient_row(Vector<T>* z, const Windows& windows, bool pooled, int ro
 }
 
 template <typename T>
-using GradientRow = Vector<T> (*)(Vector<T>*, const Windows&, bool, int, T, T, T, T, Vector<T>, const T*, const T*,
+using GradientRow = Vector<T> (*)(Vector<T>*, const Windows&, bool, int, T, T, T, T, Vector<T>, const T*, const Place*,
                                   int, int);
 
 template <typename T, int kWindow>
@@ -388,7 +416,7 @@ GradientRow<T> gradient_row_for(bool rectify) {
 // begins: max(z + b, 0) - b = max(z, -b).
 template <typename T>
 bool forward(const Shape& shape, const T* x, const T* kernel, const T* bias, const T* scale, const T* mask, T* extreme,
-             T* place, T* mean, T* variance) {
+             Place* place, T* mean, T* variance) {
   const int rows = shape.rows(), columns = shape.columns();
   const int pooled_rows = shape.pooled_rows(), pooled_columns = shape.pooled_columns();
   const std::size_t pooled = static_cast<std::size_t>(shape.features) * pooled_columns;
@@ -415,10 +443,7 @@ bool forward(const Shape& shape, const T* x, const T* kernel, const T* bias, con
     copy_within_zeros(x, shape, start, lanes, padded);
     for (int row = 0; row < rows; ++row) {
       const int window_row = shape.window_of(row);
-      if (row == 0 || window_row != shape.window_of(row - 1)) {
-        std::fill(best, best + pooled, Vector<T>{} - std::numeric_limits<T>::infinity());
-        clear<T>(where, pooled);
-      }
+      const bool first = row == 0 || window_row != shape.window_of(row - 1);
       for (int f = 0; f < shape.features; ++f) {
         const Vector<T>* of_feature = z + static_cast<std::size_t>(f % kFeatures) * columns;
         if (f % kFeatures == 0)
@@ -428,7 +453,7 @@ bool forward(const Shape& shape, const T* x, const T* kernel, const T* bias, con
           const Vector<T> pilot = of_feature[columns / 2], least = Vector<T>{} - bias[f];
           moments[f] = {shape.rectify ? (pilot <= least ? least : pilot) : pilot, Wide<T>{}, Wide<T>{}};
         }
-        pool(of_feature, windows, window_row < pooled_rows, shape.place_of(row), scale[f] < 0 ? T(-1) : T(1), -bias[f],
+        pool(of_feature, windows, window_row < pooled_rows, first, shape.place_of(row), scale[f] < 0 ? T(-1) : T(1), -bias[f],
              best + static_cast<std::size_t>(f) * pooled_columns, where + static_cast<std::size_t>(f) * pooled_columns,
              &moments[f]);
       }
@@ -442,7 +467,8 @@ bool forward(const Shape& shape, const T* x, const T* kernel, const T* bias, con
           Vector<T> value = sign * best[from];
           if (shape.rectify) value = value <= least ? least : value;
           store(extreme + to * shape.batch + start, value, lanes);
-          if (place) store(place + to * shape.batch + start, where[from], lanes);
+          if (place)
+            store(place + to * shape.batch + start, __builtin_convertvector(where[from], Places<T>), lanes);
         }
       }
     }
@@ -470,7 +496,7 @@ bool forward(const Shape& shape, const T* x, const T* kernel, const T* bias, con
 // extremes, `constant + slope response` of all pixels taken off.
 template <typename T>
 bool backward(const Shape& shape, const T* x, const T* kernel, const T* bias, const T* mask, const T* given,
-              const T* place, const T* factor, const T* constant, const T* slope, T* x_gradient, T* kernel_gradient,
+              const Place* place, const T* factor, const T* constant, const T* slope, T* x_gradient, T* kernel_gradient,
               T* bias_gradient) {
   const int rows = shape.rows(), columns = shape.columns(), taps = shape.taps();
   const int pooled_rows = shape.pooled_rows(), pooled_columns = shape.pooled_columns();
@@ -561,9 +587,13 @@ struct Arrays {
   const ffi::RemainingArgs& given;
   const ffi::RemainingRets& results;
 
-  const T* in(std::size_t number) const { return given.get<ffi::AnyBuffer>(number)->template reinterpret_data<T>(); }
-  T* out(std::size_t number) const {
-    return (*results.get<ffi::AnyBuffer>(number))->template reinterpret_data<T>();
+  template <typename U = T>
+  const U* in(std::size_t number) const {
+    return given.get<ffi::AnyBuffer>(number)->template reinterpret_data<U>();
+  }
+  template <typename U = T>
+  U* out(std::size_t number) const {
+    return (*results.get<ffi::AnyBuffer>(number))->template reinterpret_data<U>();
   }
 };
 
@@ -579,8 +609,8 @@ struct Extremes {
 struct Forward {
   template <typename T>
   static bool run(const Shape& shape, const Arrays<T>& of) {
-    return forward<T>(shape, of.in(0), of.in(1), of.in(2), of.in(3), of.in(4), of.out(0), of.out(1), of.out(2),
-                      of.out(3));
+    return forward<T>(shape, of.in(0), of.in(1), of.in(2), of.in(3), of.in(4), of.out(0),
+                      of.template out<Place>(1), of.out(2), of.out(3));
   }
 };
 
@@ -589,7 +619,8 @@ struct Forward {
 struct Backward {
   template <typename T>
   static bool run(const Shape& shape, const Arrays<T>& of) {
-    return backward<T>(shape, of.in(0), of.in(1), of.in(2), of.in(3), of.in(4), of.in(5), of.in(6), of.in(7), of.in(8),
+    return backward<T>(shape, of.in(0), of.in(1), of.in(2), of.in(3), of.in(4), of.template in<Place>(5),
+                       of.in(6), of.in(7), of.in(8),
                        of.results.size() > 2 ? of.out(2) : nullptr, of.out(0), of.out(1));
   }
 };

@@ -26,6 +26,7 @@ from mer_jax.models.convolution import Block, Implementation
 _SOURCE = Path(__file__).with_suffix(".cc")
 _COMPILERS = ("c++", "g++", "clang++")
 _FLAGS = ("-std=c++17", "-O3", "-march=native", "-fPIC", "-shared")
+_PLACES = np.uint16
 _TARGETS = ("mer_jax_extremes", "mer_jax_forward", "mer_jax_backward")
 
 
@@ -88,13 +89,10 @@ def _cache_folder() -> Path:
     return Path(home) / "mer_jax"
 
 
-def _call(target: str, block: Block, results: list[tuple[int, ...]], x: jax.Array, *others: jax.Array):
-    """Calls a function of the library on ``x`` and ``others``; all arrays have x's type."""
-    shapes = [jax.ShapeDtypeStruct(shape, x.dtype) for shape in results]
-    call = jax.ffi.ffi_call(target, shapes, vmap_method="sequential")
+def _call(target: str, block: Block, results: list[jax.ShapeDtypeStruct], *arrays: jax.Array):
+    call = jax.ffi.ffi_call(target, results, vmap_method="sequential")
     return call(
-        x,
-        *(each.astype(x.dtype) for each in others),
+        *arrays,
         padding=np.int64(block.padding),
         window=np.int64(block.window),
         pool_padding=np.int64(block.pool_padding),
@@ -102,26 +100,26 @@ def _call(target: str, block: Block, results: list[tuple[int, ...]], x: jax.Arra
     )
 
 
-def _pooled_shape(block: Block, x: jax.Array, kernel: jax.Array) -> tuple[int, int, int, int]:
-    return kernel.shape[-1], *block.pooled_sides(x, kernel), x.shape[-1]
+def _pooled(block: Block, x: jax.Array, kernel: jax.Array, dtype) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct((kernel.shape[-1], *block.pooled_sides(x, kernel), x.shape[-1]), dtype)
 
 
 def _extremes(block, x, kernel, bias, scale):
-    (extreme,) = _call("mer_jax_extremes", block, [_pooled_shape(block, x, kernel)], x, kernel, bias, scale)
+    (extreme,) = _call("mer_jax_extremes", block, [_pooled(block, x, kernel, x.dtype)], x, kernel, bias, scale)
     return extreme
 
 
 def _forward(block, x, kernel, bias, scale, sample_mask):
-    pooled = _pooled_shape(block, x, kernel)
-    results = [pooled, pooled, bias.shape, bias.shape]
+    pooled = [_pooled(block, x, kernel, dtype) for dtype in (x.dtype, _PLACES)]
+    results = [*pooled, jax.typeof(bias), jax.typeof(bias)]
     return *_call("mer_jax_forward", block, results, x, kernel, bias, scale, sample_mask), None
 
 
 def _backward(block, x, kernel, bias, sample_mask, gradient, place, factor, constant, slope, kept, to_x):
     del kept  # the maps are made again
-    results = [kernel.shape, bias.shape, *([x.shape] if to_x else [])]
-    given = kernel, bias, sample_mask, gradient, place, factor, constant, slope
-    of_kernel, of_bias, *of_x = _call("mer_jax_backward", block, results, x, *given)
+    results = [jax.typeof(each) for each in ((kernel, bias, x) if to_x else (kernel, bias))]
+    given = x, kernel, bias, sample_mask, gradient, place, factor, constant, slope
+    of_kernel, of_bias, *of_x = _call("mer_jax_backward", block, results, *given)
     return of_kernel, of_bias, of_x[0] if to_x else None
 
 
