@@ -9,8 +9,8 @@ speed, whatever works it out:
   for ``a > 0``, ``a min(x) + b`` for ``a < 0``. So a block pools first and touches the large map only for its
   statistics. The bias, which normalisation takes off again, is never added.
 
-What touches the large map is left to an :class:`Implementation`: :mod:`mer_jax.models.cpu_blocks` for CPUs and
-:mod:`mer_jax.models.tiles`, in JAX alone, for accelerators and for all that have no C++ compiler.
+What touches the large map is left to an :class:`Implementation`: :mod:`mer_jax.models.cpu_blocks` for CPUs,
+:mod:`mer_jax.models.pieces` for those without a C++ compiler, and :mod:`mer_jax.models.tiles` for accelerators.
 """
 
 import functools

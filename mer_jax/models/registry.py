@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 from mer_jax.errors import UserError
 from mer_jax.fields import FLAG, SECTION, TEXT, Kind, Kinds, check_fields, one_of, whole
-from mer_jax.models import cpu_blocks, tiles
+from mer_jax.models import cpu_blocks, pieces, tiles
 from mer_jax.models.convolution import Implementation
 from mer_jax.models.fusion import DROPOUT_KINDS, FUSIONS, FusionClassifier
 from mer_jax.models.micro_attnet import MicroAttNet
@@ -133,7 +133,9 @@ def build_learner(config: Mapping, channels: Sequence[str], num_classes: int, pl
 
 
 def _blocks(platform: str) -> Implementation:
-    return cpu_blocks.IMPLEMENTATION if platform == "cpu" and cpu_blocks.available() else tiles.IMPLEMENTATION
+    if platform != "cpu":
+        return tiles.IMPLEMENTATION
+    return cpu_blocks.IMPLEMENTATION if cpu_blocks.available() else pieces.IMPLEMENTATION
 
 
 def _build_micro_attnet(config: Mapping, channels: tuple[str, ...], num_classes: int, platform: str) -> Learner:

@@ -144,6 +144,7 @@ def _forward(block, x, kernel, bias, scale, sample_mask):
 
 
 def _backward(block, x, kernel, bias, sample_mask, gradient, place, factor, constant, slope, z, to_x):
+    z = _convolve(block, x, kernel) if z is None else z
     rows, columns = _axes(block, x, kernel)
     # Windows beyond those that pooling takes have no winner.
     beyond = ((0, 0), (0, rows.windows - rows.pooled), (0, columns.windows - columns.pooled), (0, 0))

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from mer_jax.errors import UserError
-from mer_jax.models import cpu_blocks, tiles
+from mer_jax.models import cpu_blocks, pieces, tiles
 from mer_jax.models.micro_attnet import MicroAttNet
 from mer_jax.models.registry import build_learner
 from mer_jax.models.ststnet import STSTNet
@@ -154,10 +154,12 @@ KINDS = ("ststnet", "micro_attnet", "no_attention", "no_se", "neither", "four")
 CASES = [(kind, train, tiles, 6) for kind in KINDS for train in (False, True)]
 CASES += [(kind, train, cpu_blocks, 6) for kind in ("ststnet", "micro_attnet") for train in (False, True)]
 CASES += [(kind, True, cpu_blocks, 19) for kind in ("ststnet", "micro_attnet")]  # more than a vector holds
+CASES += [(kind, True, pieces, 19) for kind in ("ststnet", "micro_attnet")]
 
 
 @pytest.mark.parametrize(("kind", "train", "way", "batch"), CASES)
-def test_outputs_and_gradients_are_pytorchs(kind, train, way, batch, rng):
+def test_outputs_and_gradients_are_pytorchs(kind, train, way, batch, rng, monkeypatch):
+    monkeypatch.setattr(pieces, "_CACHE_BYTES", 1)  # eight samples at a time
     model, variables, reference, flow = pair(kind, rng, batch, way)
     reference.double().train(train)  # in single precision PyTorch's own statistics are off by 1e-5 of larger batches
     target = rng.normal(size=(len(flow), 3 if kind == "ststnet" else 5)).astype(np.float32)
