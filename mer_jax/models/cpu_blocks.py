@@ -9,6 +9,7 @@ variable ``CXX`` names, or the first of c++, g++ and clang++ there is. ``CXX=`` 
 import ctypes
 import functools
 import hashlib
+import importlib.metadata
 import os
 import shlex
 import shutil
@@ -18,7 +19,6 @@ import tempfile
 from pathlib import Path
 
 import jax
-import jaxlib
 import numpy as np
 
 from mer_jax.models.convolution import Block, Implementation
@@ -63,7 +63,7 @@ def _built(compiler: list[str]) -> Path:
     # What the compiler takes this processor for: a home folder may be shared by machines of several kinds.
     target = _run([*compiler, *_FLAGS, "-dM", "-E", "-x", "c++", os.devnull])
     headers = Path(jax.ffi.include_dir())
-    told = "\n".join([shlex.join(compiler), *_FLAGS, jaxlib.__version__, target]).encode()
+    told = "\n".join([shlex.join(compiler), *_FLAGS, importlib.metadata.version("jaxlib"), target]).encode()
     name = hashlib.sha256(_SOURCE.read_bytes() + told).hexdigest()[:16]
     folder = _cache_folder()
     path = folder / f"cpu_blocks-{name}.so"

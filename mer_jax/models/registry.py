@@ -4,7 +4,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 from mer_jax.errors import UserError
-from mer_jax.fields import FLAG, SECTION, TEXT, Kind, Kinds, check_fields, one_of, whole
+from mer_jax.fields import FLAG, MANY, SECTION, TEXT, Kind, Kinds, check_fields, one_of, whole
 from mer_jax.models import cpu_blocks, pieces, tiles
 from mer_jax.models.convolution import Implementation
 from mer_jax.models.fusion import DROPOUT_KINDS, FUSIONS, FusionClassifier
@@ -15,10 +15,16 @@ CONVOLUTIONAL = ("micro_attnet", "ststnet")
 """Models whose time goes into the maps of convolutions."""
 
 _POSITIVE = whole(1)
-_PAIR = Kind(
-    lambda value: isinstance(value, tuple | list) and len(value) == 2 and all(map(_POSITIVE.holds, value)),
-    "two numbers of at least 1",
-)
+
+
+def _pair(most: int) -> Kind:
+    each = whole(1, most)
+    return Kind(
+        lambda value: isinstance(value, tuple | list) and len(value) == 2 and all(map(each.holds, value)),
+        f"two whole numbers from 1 to {most}",
+    )
+
+
 _FIELDS: Mapping[str, Kinds] = {
     "fusion": {
         "fusion": one_of(FUSIONS),
@@ -31,9 +37,9 @@ _FIELDS: Mapping[str, Kinds] = {
     "micro_attnet": {
         "attention": FLAG,
         "se_stream": TEXT,
-        "features": _PAIR,
-        "kernels": _PAIR,
-        "pools": _PAIR,
+        "features": _pair(MANY),
+        "kernels": _pair(MANY),
+        "pools": _pair(255),  # pixels of a window are counted in two bytes
         "attention_hidden": _POSITIVE,
         "se_reduction": _POSITIVE,
         "hidden_dim": _POSITIVE,

@@ -289,6 +289,7 @@ MODEL = {
         ({"se_stream": "strain"}, "config.model.se_stream='strain'"),
         ({"kernels": (4, 3)}, "config.model.kernels"),
         ({"pools": (0, 2)}, "config.model.pools"),
+        ({"pools": (256, 2)}, "config.model.pools.*from 1 to 255"),
         ({"hidden_dim": 0}, "config.model.hidden_dim"),
     ],
 )
