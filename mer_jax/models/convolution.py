@@ -28,7 +28,7 @@ class Block(NamedTuple):
 
     Attributes:
         padding: Zeros on each side of the convolved maps, at most k - 1.
-        window: Side and stride p of the pooling windows.
+        window: Side and stride p of the pooling windows, at most 255.
         pool_padding: Padding of the pooling, below ``window``; it never wins.
         rectify: Whether there is a ReLU between convolution and normalisation.
         epsilon: Added to the variance.
@@ -44,6 +44,20 @@ class Block(NamedTuple):
         """Rows and columns of the maps of ``x`` ``(C, H, W, B)`` and ``kernel`` ``(k, k, C, F)``, before pooling."""
         height, width = (side + 2 * self.padding - kernel.shape[0] + 1 for side in x.shape[1:3])
         return height, width
+
+    def check(self, x: jax.Array, kernel: jax.Array) -> None:
+        """Refuses what no implementation is made for.
+
+        Raises:
+            ValueError: Paddings or a window beyond their bounds, or maps that are smaller than a window.
+        """
+        size = kernel.shape[0]
+        if not (0 <= self.padding < size and 0 <= self.pool_padding < self.window <= 255):
+            raise ValueError(
+                f"{self}: padding must be in [0, {size}), window in [1, 255] and pool_padding in [0, {self.window})"
+            )
+        if min(self.map_sides(x, kernel)) < 1 or min(self.pooled_sides(x, kernel)) < 1:
+            raise ValueError(f"{self}: maps of {x.shape[1:3]} with kernels of {size} are smaller than a window")
 
     def pooled_sides(self, x: jax.Array, kernel: jax.Array) -> tuple[int, int]:
         """Rows and columns after pooling."""
@@ -264,7 +278,11 @@ def convolution_block(
 
     Returns:
         ``(F, H', W', B)`` with ``H' = (H + 2 padding - k + 1 + 2 pool_padding - window) // window + 1``.
+
+    Raises:
+        ValueError: As of :meth:`Block.check`.
     """
+    block.check(x, kernel)
     scale = jnp.concatenate([each.scale for each in normalisers])
     shift = jnp.concatenate([each.bias for each in normalisers])
     if not train:

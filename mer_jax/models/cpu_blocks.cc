@@ -1,9 +1,9 @@
 // Convolution, batch statistics and max pooling of small maps on a CPU; called from cpu_blocks.py through XLA's FFI.
 //
-// The samples of a batch fill the lanes of a vector. As many samples as there are lanes are worked on at a time, so that
-// what they need stays in the cache of a core, and row by row: a row of a map is convolved, summed up and pooled before
-// the next one begins. Maps are not stored, and are computed again for the gradient. Sums of products are taken in tiles
-// that fill the registers. One thread works on a call; a study has a member for every core.
+// The samples of a batch fill the lanes of a vector. As many samples as there are lanes are worked on at a time, so
+// that what they need stays in the cache of a core, and row by row: a row of a map is convolved, summed up and pooled
+// before the next one begins. Maps are not stored, and are computed again for the gradient. Sums of products are taken
+// in tiles that fill the registers. One thread works on a call; a study has a member for every core.
 //
 // Arrays are as in convolution.py: x (C, H, W, B), kernel (k, k, C, F), pooled maps (F, H', W', B).
 
@@ -14,17 +14,19 @@
 #include <cstring>
 #include <initializer_list>
 #include <limits>
+#include <new>
+#include <utility>
 #include <vector>
 
 #include "xla/ffi/api/ffi.h"
 
 namespace ffi = xla::ffi;
 
-#define INLINED __attribute__((always_inline))
+#define MER_JAX_INLINED __attribute__((always_inline))
 #if defined(__AVX__)
-#define KEEP(vector) asm("" : "+v"(vector))  // in a register
+#define MER_JAX_KEEP(vector) asm("" : "+v"(vector))  // in a register
 #else
-#define KEEP(vector)
+#define MER_JAX_KEEP(vector)
 #endif
 
 namespace {
@@ -39,7 +41,7 @@ constexpr int kFeatures = 4;  // 4 x 3 sums, of 16 registers
 constexpr int kVectorBytes = 16;
 constexpr int kFeatures = 4;
 #endif
-constexpr int kAcross = 3;        // pixels, or taps of the kernel, in a tile
+constexpr int kAcross = 3;         // pixels, or taps of the kernel, in a tile
 constexpr int kPixelsAtOnce = 32;  // whose gradients are at hand when the kernel's is summed up
 
 template <typename T>
@@ -88,23 +90,22 @@ class Scratch {
  public:
   ~Scratch() { std::free(memory_); }
 
-  // Makes room for so many vectors of each array. False if there is no memory.
+  // Makes room for so many vectors of each array.
   template <typename T>
-  bool take(std::initializer_list<std::pair<Vector<T>**, std::size_t>> arrays) {
+  void take(std::initializer_list<std::pair<Vector<T>**, std::size_t>> arrays) {
     std::size_t total = 0;
     for (const auto& array : arrays) total += array.second * kVectorBytes;
     if (total > size_) {
       std::free(memory_);
       memory_ = std::aligned_alloc(kVectorBytes, total);
       size_ = memory_ ? total : 0;
-      if (!memory_) return false;
+      if (!memory_) throw std::bad_alloc();
     }
     char* next = static_cast<char*>(memory_);
     for (const auto& array : arrays) {
       *array.first = reinterpret_cast<Vector<T>*>(next);
       next += array.second * kVectorBytes;
     }
-    return true;
   }
 
  private:
@@ -139,15 +140,19 @@ struct Shape {
 
 int tiles(int features) { return (features + kFeatures - 1) / kFeatures; }
 
-// Copies samples `start` and following of maps (C, H, W, B) between zeros, which stay.
+// Copies samples `start` and following of maps (C, H, W, B) between zeros, which stay; of samples that do not count, by
+// a mask or because they are none, zeros as well, whatever they hold.
 template <typename T>
-void copy_within_zeros(const T* x, const Shape& shape, int start, int lanes, Vector<T>* to) {
+void copy_within_zeros(const T* x, const Shape& shape, int start, int lanes, Vector<T> mask, Vector<T>* to) {
+  const auto counts = mask != 0;
+  const Vector<T> none = {};
   for (int c = 0; c < shape.channels; ++c)
     for (int h = 0; h < shape.height; ++h) {
       Vector<T>* row = to + c * shape.padded_plane() +
                        static_cast<std::size_t>(h + shape.padding) * shape.padded_width() + shape.padding;
       const T* from = x + (static_cast<std::size_t>(c) * shape.height + h) * shape.width * shape.batch + start;
-      for (int w = 0; w < shape.width; ++w) row[w] = load(from + static_cast<std::size_t>(w) * shape.batch, lanes);
+      for (int w = 0; w < shape.width; ++w)
+        row[w] = counts ? load(from + static_cast<std::size_t>(w) * shape.batch, lanes) : none;
     }
 }
 
@@ -247,7 +252,7 @@ inline void correlate_tile(const Vector<T>* x, const std::ptrdiff_t* offsets, in
 #pragma GCC unroll 16
       for (int f = 0; f < kFeatures; ++f) {
         Vector<T> of_feature = at[f * gradient.stride + column];
-        KEEP(of_feature);  // a load within each product would take longer than the products
+        MER_JAX_KEEP(of_feature);  // a load within each product would take longer than the products
 #pragma GCC unroll 16
         for (int t = 0; t < kTaps; ++t) held[t][f] += pixels[t] * of_feature;
       }
@@ -274,7 +279,9 @@ struct Windows {
   int window, pool_padding, columns, count, begin, end;
 
   explicit Windows(const Shape& shape)
-      : window(shape.window), pool_padding(shape.pool_padding), columns(shape.columns()),
+      : window(shape.window),
+        pool_padding(shape.pool_padding),
+        columns(shape.columns()),
         count(shape.pooled_columns()) {
     begin = std::min(count, pool_padding > 0 ? 1 : 0);
     end = std::max(begin, std::min(count, (columns + pool_padding) / window));
@@ -306,57 +313,75 @@ struct Windows {
   }
 };
 
+// A row of a map: whether a pooling window takes it, as its first or a later one, and the number of the row's first
+// pixel.
+struct Row {
+  bool pooled, first;
+  int place;
 
-// Sums of a feature's responses and of their squares, as deviations from a pilot: a response of the same sample, so that
-// they are small where the variance is.
+  Row(const Shape& shape, int row)
+      : pooled(shape.window_of(row) < shape.pooled_rows()),
+        first(row == 0 || shape.window_of(row) != shape.window_of(row - 1)),
+        place(shape.place_of(row)) {}
+};
+
+// Sums of a feature's responses and of their squares, as deviations from a pilot: a response of the same sample, so
+// that they are small where the variance is.
 template <typename T>
 struct Moments {
   Vector<T> pilot;
   Wide<T> sum, square;
 };
 
-// Pools a row of a feature into the windows' best values so far, of which there are none in a window's first row, with
-// the sign that makes minima maxima, and adds its responses to the moments. What is not a number wins against all
-// before it.
+// A feature as pooling sees it: the sign that makes minima maxima, the least response, and the windows of a row: their
+// best values so far, and which pixels those are.
+template <typename T>
+struct Pooling {
+  T sign, least;
+  Vector<T>*best, *place;
+};
+
+// Pools a row of a feature, and adds its responses to the moments. Where there are none, what is not a number wins;
+// where there are, it spoils them, and with them everything.
 template <typename T, int kWindow, bool kRectify, bool kStatistics>
-void pool_row(const Vector<T>* z, const Windows& windows, bool pooled, bool first, int row_place, T sign, T floor,
-              Vector<T>* best, Vector<T>* place, Moments<T>* moments) {
-  const Vector<T> pilot = kStatistics ? moments->pilot : Vector<T>{}, least = Vector<T>{} + floor;
+void pool_row(const Vector<T>* z, const Windows& windows, const Row& row, const Pooling<T>& pooling,
+              Moments<T>* moments) {
+  const Vector<T> pilot = kStatistics ? moments->pilot : Vector<T>{}, least = Vector<T>{} + pooling.least;
   Vector<T> sum = {}, square = {};
-  const auto add = [&](Vector<T> value) INLINED {
+  const auto add = [&](Vector<T> value) MER_JAX_INLINED {
     if (!kStatistics) return;
     if (kRectify) value = value <= least ? least : value;  // not a number stays
     const Vector<T> deviation = value - pilot;
     sum += deviation;
     square += deviation * deviation;
   };
-  int column = 0;
-  if (pooled) {
+  int from = 0;
+  if (row.pooled) {
     const Vector<T> none = Vector<T>{} - std::numeric_limits<T>::infinity();
     Vector<T> most, where;
     windows.each<kWindow>(
-        [&](int number) INLINED {
-          most = first ? none : best[number];
-          where = first ? Vector<T>{} : place[number];
+        [&](int number) MER_JAX_INLINED {
+          most = row.first ? none : pooling.best[number];
+          where = row.first ? Vector<T>{} : pooling.place[number];
         },
-        [&](int column, int number) INLINED {
-          const Vector<T> value = sign * z[column];
-          const auto keeps = value <= most;
-          most = keeps ? most : value;
-          where = keeps ? where : Vector<T>{} + T(row_place + number);
+        [&](int column, int place) MER_JAX_INLINED {
+          const Vector<T> value = pooling.sign * z[column];
+          const auto wins = kStatistics ? value > most : (value > most) | (value != value);
+          most = wins ? value : most;
+          where = wins ? Vector<T>{} + T(row.place + place) : where;
           add(z[column]);
         },
-        [&](int number) INLINED { best[number] = most, place[number] = where; });
-    column = windows.covered();
+        [&](int number) MER_JAX_INLINED { pooling.best[number] = most, pooling.place[number] = where; });
+    from = windows.covered();
   }
   if (!kStatistics) return;
-  for (; column < windows.columns; ++column) add(z[column]);
+  for (int column = from; column < windows.columns; ++column) add(z[column]);
   moments->sum += __builtin_convertvector(sum, Wide<T>);
   moments->square += __builtin_convertvector(square, Wide<T>);
 }
 
 template <typename T>
-using PoolRow = void (*)(const Vector<T>*, const Windows&, bool, bool, int, T, T, Vector<T>*, Vector<T>*, Moments<T>*);
+using PoolRow = void (*)(const Vector<T>*, const Windows&, const Row&, const Pooling<T>&, Moments<T>*);
 
 template <typename T, int kWindow>
 PoolRow<T> pool_row_for(bool rectify, bool statistics) {
@@ -364,19 +389,27 @@ PoolRow<T> pool_row_for(bool rectify, bool statistics) {
   return rectify ? pool_row<T, kWindow, true, true> : pool_row<T, kWindow, false, true>;
 }
 
-// Turns a row of a feature into its gradient, and returns the row's sum: `factor given` for the winners of windows less
-// `constant + slope response`, for the samples of the mask.
+// The gradient of a feature's responses: `factor given` of the winners of a row's windows less `constant + slope
+// response` of all; none where a ReLU is closed, and none of samples beyond the mask.
+template <typename T>
+struct Gradient {
+  T least, factor, constant, slope;
+  Vector<T> mask;
+  const T* given;
+  const Place* place;
+  int batch, lanes;
+};
+
+// Turns a row of a feature into its gradient, and returns the row's sum.
 template <typename T, int kWindow, bool kRectify>
-Vector<T> gradient_row(Vector<T>* z, const Windows& windows, bool pooled, int row_place, T floor, T factor, T constant,
-                       T slope, Vector<T> mask, const T* given, const Place* place, int batch, int lanes) {
-  // Of samples beyond the mask nothing is left but zeros, whatever they hold.
-  const auto counts = mask != 0;
-  const Vector<T> none = {}, least = counts ? none + floor : none + std::numeric_limits<T>::infinity();
-  const Vector<T> all = none + constant, steep = none + slope;
+Vector<T> gradient_row(Vector<T>* z, const Windows& windows, const Row& row, const Gradient<T>& of) {
+  const auto counts = of.mask != 0;
+  const Vector<T> none = {}, least = counts ? none + of.least : none + std::numeric_limits<T>::infinity();
+  const Vector<T> constant = none + of.constant, slope = none + of.slope;
   Vector<T> sum = {};
-  const auto turn = [&](int column, Vector<T> sparse) INLINED {
+  const auto turn = [&](int column, Vector<T> sparse) MER_JAX_INLINED {
     const Vector<T> value = z[column];
-    Vector<T> gradient = sparse - (all + steep * value);
+    Vector<T> gradient = sparse - (constant + slope * value);
     if (kRectify) {
       gradient = value > least ? gradient : none;
       sum += gradient;
@@ -385,26 +418,25 @@ Vector<T> gradient_row(Vector<T>* z, const Windows& windows, bool pooled, int ro
     }
     z[column] = gradient;
   };
-  int column = 0;
-  if (pooled) {
+  int from = 0;
+  if (row.pooled) {
     Vector<T> winner, value;
     windows.each<kWindow>(
-        [&](int number) INLINED {
-          const std::size_t at = static_cast<std::size_t>(number) * batch;
-          winner = __builtin_convertvector(load_as<Places<T>>(place + at, lanes), Vector<T>);
-          value = factor * load(given + at, lanes);
+        [&](int number) MER_JAX_INLINED {
+          const std::size_t at = static_cast<std::size_t>(number) * of.batch;
+          winner = __builtin_convertvector(load_as<Places<T>>(of.place + at, of.lanes), Vector<T>);
+          value = of.factor * load(of.given + at, of.lanes);
         },
-        [&](int column, int number) INLINED { turn(column, winner == T(row_place + number) ? value : none); },
+        [&](int column, int place) MER_JAX_INLINED { turn(column, winner == T(row.place + place) ? value : none); },
         [](int) {});
-    column = windows.covered();
+    from = windows.covered();
   }
-  for (; column < windows.columns; ++column) turn(column, none);
+  for (int column = from; column < windows.columns; ++column) turn(column, none);
   return sum;
 }
 
 template <typename T>
-using GradientRow = Vector<T> (*)(Vector<T>*, const Windows&, bool, int, T, T, T, T, Vector<T>, const T*, const Place*,
-                                  int, int);
+using GradientRow = Vector<T> (*)(Vector<T>*, const Windows&, const Row&, const Gradient<T>&);
 
 template <typename T, int kWindow>
 GradientRow<T> gradient_row_for(bool rectify) {
@@ -415,18 +447,17 @@ GradientRow<T> gradient_row_for(bool rectify) {
 // variance the responses of the mask's samples have. A bias adds nothing to what is normalised but to where a ReLU
 // begins: max(z + b, 0) - b = max(z, -b).
 template <typename T>
-bool forward(const Shape& shape, const T* x, const T* kernel, const T* bias, const T* scale, const T* mask, T* extreme,
+void forward(const Shape& shape, const T* x, const T* kernel, const T* bias, const T* scale, const T* mask, T* extreme,
              Place* place, T* mean, T* variance) {
   const int rows = shape.rows(), columns = shape.columns();
   const int pooled_rows = shape.pooled_rows(), pooled_columns = shape.pooled_columns();
   const std::size_t pooled = static_cast<std::size_t>(shape.features) * pooled_columns;
   const std::size_t padded_count = shape.channels * shape.padded_plane();
   Vector<T>*padded, *z, *best, *where;
-  if (!scratch.take<T>({{&padded, padded_count},
-                        {&z, static_cast<std::size_t>(kFeatures) * columns},
-                        {&best, pooled},
-                        {&where, pooled}}))
-    return false;
+  scratch.take<T>({{&padded, padded_count},
+                   {&z, static_cast<std::size_t>(kFeatures) * columns},
+                   {&best, pooled},
+                   {&where, pooled}});
   clear<T>(padded, padded_count);
   const auto offsets = tap_offsets(shape.channels, shape.size, shape.padded_plane(), shape.padded_width());
   const auto weights = packed(kernel, shape.size, shape.channels, shape.features);
@@ -440,10 +471,10 @@ bool forward(const Shape& shape, const T* x, const T* kernel, const T* bias, con
   double count = 0.0;
   for (int start = 0; start < shape.batch; start += kLanes<T>) {
     const int lanes = std::min(kLanes<T>, shape.batch - start);
-    copy_within_zeros(x, shape, start, lanes, padded);
+    copy_within_zeros(x, shape, start, lanes, mask ? load(mask + start, lanes) : Vector<T>{} + T(1), padded);
     for (int row = 0; row < rows; ++row) {
       const int window_row = shape.window_of(row);
-      const bool first = row == 0 || window_row != shape.window_of(row - 1);
+      const Row of_row(shape, row);
       for (int f = 0; f < shape.features; ++f) {
         const Vector<T>* of_feature = z + static_cast<std::size_t>(f % kFeatures) * columns;
         if (f % kFeatures == 0)
@@ -453,22 +484,20 @@ bool forward(const Shape& shape, const T* x, const T* kernel, const T* bias, con
           const Vector<T> pilot = of_feature[columns / 2], least = Vector<T>{} - bias[f];
           moments[f] = {shape.rectify ? (pilot <= least ? least : pilot) : pilot, Wide<T>{}, Wide<T>{}};
         }
-        pool(of_feature, windows, window_row < pooled_rows, first, shape.place_of(row), scale[f] < 0 ? T(-1) : T(1), -bias[f],
-             best + static_cast<std::size_t>(f) * pooled_columns, where + static_cast<std::size_t>(f) * pooled_columns,
-             &moments[f]);
+        const std::size_t at = static_cast<std::size_t>(f) * pooled_columns;
+        pool(of_feature, windows, of_row, {scale[f] < 0 ? T(-1) : T(1), -bias[f], best + at, where + at}, &moments[f]);
       }
-      if (window_row >= pooled_rows || (row < rows - 1 && window_row == shape.window_of(row + 1))) continue;
+      if (!of_row.pooled || (row < rows - 1 && !Row(shape, row + 1).first)) continue;
       for (int f = 0; f < shape.features; ++f) {
         const T sign = scale[f] < 0 ? T(-1) : T(1);
         const Vector<T> least = Vector<T>{} - bias[f];
         for (int column = 0; column < pooled_columns; ++column) {
           const std::size_t from = static_cast<std::size_t>(f) * pooled_columns + column;
-          const std::size_t to = ((static_cast<std::size_t>(f) * pooled_rows + window_row) * pooled_columns + column);
+          const std::size_t to = (static_cast<std::size_t>(f) * pooled_rows + window_row) * pooled_columns + column;
           Vector<T> value = sign * best[from];
           if (shape.rectify) value = value <= least ? least : value;
           store(extreme + to * shape.batch + start, value, lanes);
-          if (place)
-            store(place + to * shape.batch + start, __builtin_convertvector(where[from], Places<T>), lanes);
+          if (place) store(place + to * shape.batch + start, __builtin_convertvector(where[from], Places<T>), lanes);
         }
       }
     }
@@ -489,13 +518,12 @@ bool forward(const Shape& shape, const T* x, const T* kernel, const T* bias, con
     mean[f] = static_cast<T>(means[f]);
     variance[f] = static_cast<T>(deviations[f] < 0 ? 0 : deviations[f] / std::max(count, 1.0));
   }
-  return true;
 }
 
 // Gradients of kernel and bias, and of x unless `x_gradient` is null, for gradients `factor given` of the pooled
 // extremes, `constant + slope response` of all pixels taken off.
 template <typename T>
-bool backward(const Shape& shape, const T* x, const T* kernel, const T* bias, const T* mask, const T* given,
+void backward(const Shape& shape, const T* x, const T* kernel, const T* bias, const T* mask, const T* given,
               const Place* place, const T* factor, const T* constant, const T* slope, T* x_gradient, T* kernel_gradient,
               T* bias_gradient) {
   const int rows = shape.rows(), columns = shape.columns(), taps = shape.taps();
@@ -508,19 +536,22 @@ bool backward(const Shape& shape, const T* x, const T* kernel, const T* bias, co
   const std::size_t z_plane = static_cast<std::size_t>(z_rows) * z_width;
   const std::size_t padded_count = shape.channels * shape.padded_plane();
   Vector<T>*padded, *z, *sums, *bias_sums, *back;
-  if (!scratch.take<T>({{&padded, padded_count},
-                        {&z, features * z_plane},
-                        {&sums, static_cast<std::size_t>(taps) * features},
-                        {&bias_sums, static_cast<std::size_t>(features)},
-                        {&back, static_cast<std::size_t>(kFeatures) * shape.width}}))
-    return false;
+  scratch.take<T>({{&padded, padded_count},
+                   {&z, features * z_plane},
+                   {&sums, static_cast<std::size_t>(taps) * features},
+                   {&bias_sums, static_cast<std::size_t>(features)},
+                   {&back, static_cast<std::size_t>(kFeatures) * shape.width}});
   clear<T>(padded, padded_count);
   clear<T>(z, features * z_plane);
   const auto offsets = tap_offsets(shape.channels, shape.size, shape.padded_plane(), shape.padded_width());
   const auto weights = packed(kernel, shape.size, shape.channels, shape.features);
-  const auto back_offsets = tap_offsets(shape.features, shape.size, z_plane, z_width);
-  const auto back_weights = packed(turned(kernel, shape.size, shape.channels, shape.features).data(), shape.size,
-                                   shape.features, shape.channels);
+  std::vector<std::ptrdiff_t> back_offsets;
+  std::vector<T> back_weights;
+  if (x_gradient) {
+    const auto of_back = turned(kernel, shape.size, shape.channels, shape.features);
+    back_offsets = tap_offsets(shape.features, shape.size, z_plane, z_width);
+    back_weights = packed(of_back.data(), shape.size, shape.features, shape.channels);
+  }
   const Windows windows(shape);
   const GradientRow<T> to_gradient = shape.window == 3   ? gradient_row_for<T, 3>(shape.rectify)
                                      : shape.window == 2 ? gradient_row_for<T, 2>(shape.rectify)
@@ -528,8 +559,8 @@ bool backward(const Shape& shape, const T* x, const T* kernel, const T* bias, co
   std::vector<double> totals(static_cast<std::size_t>(taps) * features, 0.0), bias_totals(shape.features, 0.0);
   for (int start = 0; start < shape.batch; start += kLanes<T>) {
     const int lanes = std::min(kLanes<T>, shape.batch - start);
-    copy_within_zeros(x, shape, start, lanes, padded);
     const Vector<T> valid = load(mask + start, lanes);
+    copy_within_zeros(x, shape, start, lanes, valid, padded);
     clear<T>(sums, static_cast<std::size_t>(taps) * features);
     clear<T>(bias_sums, features);
     for (int first = 0; first < rows; first += at_once) {
@@ -541,13 +572,13 @@ bool backward(const Shape& shape, const T* x, const T* kernel, const T* bias, co
           Vector<T>* of_row = of_tile + static_cast<std::size_t>(row - first) * z_width;
           convolve_row<T>(padded + static_cast<std::size_t>(row) * shape.padded_width(), offsets,
                           weights.data() + static_cast<std::size_t>(begin) * taps, columns, of_row, z_plane);
-          const int window_row = shape.window_of(row);
           for (int f = begin; f < std::min(shape.features, begin + kFeatures); ++f) {
             const std::size_t at =
-                (static_cast<std::size_t>(f) * pooled_rows + window_row) * pooled_columns * shape.batch + start;
-            bias_sums[f] += to_gradient(of_row + (f - begin) * z_plane, windows, window_row < pooled_rows,
-                                        shape.place_of(row), -bias[f], factor[f], constant[f], slope[f], valid,
-                                        given + at, place + at, shape.batch, lanes);
+                (static_cast<std::size_t>(f) * pooled_rows + shape.window_of(row)) * pooled_columns * shape.batch +
+                start;
+            bias_sums[f] += to_gradient(
+                of_row + (f - begin) * z_plane, windows, Row(shape, row),
+                {-bias[f], factor[f], constant[f], slope[f], valid, given + at, place + at, shape.batch, lanes});
           }
         }
         correlate<T>(padded + static_cast<std::size_t>(first) * shape.padded_width(), offsets, shape.padded_width(),
@@ -575,10 +606,10 @@ bool backward(const Shape& shape, const T* x, const T* kernel, const T* bias, co
         for (int j = 0; j < shape.size; ++j) {
           const std::size_t tap = (static_cast<std::size_t>(c) * shape.size + i) * shape.size + j;
           kernel_gradient[((static_cast<std::size_t>(i) * shape.size + j) * shape.channels + c) * shape.features + f] =
-              static_cast<T>(totals[(f / kFeatures * static_cast<std::size_t>(taps) + tap) * kFeatures + f % kFeatures]);
+              static_cast<T>(
+                  totals[(f / kFeatures * static_cast<std::size_t>(taps) + tap) * kFeatures + f % kFeatures]);
         }
   }
-  return true;
 }
 
 // The arrays of a call, by their numbers.
@@ -600,28 +631,27 @@ struct Arrays {
 // x, kernel, bias and scale to the pooled extremes.
 struct Extremes {
   template <typename T>
-  static bool run(const Shape& shape, const Arrays<T>& of) {
-    return forward<T>(shape, of.in(0), of.in(1), of.in(2), of.in(3), nullptr, of.out(0), nullptr, nullptr, nullptr);
+  static void run(const Shape& shape, const Arrays<T>& of) {
+    forward<T>(shape, of.in(0), of.in(1), of.in(2), of.in(3), nullptr, of.out(0), nullptr, nullptr, nullptr);
   }
 };
 
 // x, kernel, bias, scale and mask to the pooled extremes, their places, mean and variance.
 struct Forward {
   template <typename T>
-  static bool run(const Shape& shape, const Arrays<T>& of) {
-    return forward<T>(shape, of.in(0), of.in(1), of.in(2), of.in(3), of.in(4), of.out(0),
-                      of.template out<Place>(1), of.out(2), of.out(3));
+  static void run(const Shape& shape, const Arrays<T>& of) {
+    forward<T>(shape, of.in(0), of.in(1), of.in(2), of.in(3), of.in(4), of.out(0), of.template out<Place>(1), of.out(2),
+               of.out(3));
   }
 };
 
-// x, kernel, bias, mask, gradient and places of the extremes, factor, constant and slope to the gradients of kernel and bias
-// and, as a third result or not at all, of x.
+// x, kernel, bias, mask, gradient and places of the extremes, factor, constant and slope to the gradients of kernel and
+// bias and, as a third result or not at all, of x.
 struct Backward {
   template <typename T>
-  static bool run(const Shape& shape, const Arrays<T>& of) {
-    return backward<T>(shape, of.in(0), of.in(1), of.in(2), of.in(3), of.in(4), of.template in<Place>(5),
-                       of.in(6), of.in(7), of.in(8),
-                       of.results.size() > 2 ? of.out(2) : nullptr, of.out(0), of.out(1));
+  static void run(const Shape& shape, const Arrays<T>& of) {
+    backward<T>(shape, of.in(0), of.in(1), of.in(2), of.in(3), of.in(4), of.template in<Place>(5), of.in(6), of.in(7),
+                of.in(8), of.results.size() > 2 ? of.out(2) : nullptr, of.out(0), of.out(1));
   }
 };
 
@@ -630,23 +660,36 @@ ffi::Error handle(ffi::RemainingArgs given, ffi::RemainingRets results, int64_t 
                   int64_t pool_padding, bool rectify) {
   const auto x = given.get<ffi::AnyBuffer>(0), kernel = given.get<ffi::AnyBuffer>(1);
   const auto side = [](const auto& array, int axis) { return static_cast<int>(array->dimensions()[axis]); };
-  const Shape shape = {side(x, 0),      side(x, 1),      side(x, 2),
-                       side(x, 3),      side(kernel, 0), side(kernel, 3),
-                       static_cast<int>(padding), static_cast<int>(window), static_cast<int>(pool_padding), rectify};
-  const bool done = x->element_type() == ffi::F64 ? Work::template run<double>(shape, {given, results})
-                                                  : Work::template run<float>(shape, {given, results});
-  return done ? ffi::Error::Success() : ffi::Error(ffi::ErrorCode::kResourceExhausted, "no memory for a convolution");
+  const Shape shape = {side(x, 0),
+                       side(x, 1),
+                       side(x, 2),
+                       side(x, 3),
+                       side(kernel, 0),
+                       side(kernel, 3),
+                       static_cast<int>(padding),
+                       static_cast<int>(window),
+                       static_cast<int>(pool_padding),
+                       rectify};
+  try {
+    if (x->element_type() == ffi::F64)
+      Work::template run<double>(shape, {given, results});
+    else
+      Work::template run<float>(shape, {given, results});
+  } catch (const std::bad_alloc&) {
+    return ffi::Error(ffi::ErrorCode::kResourceExhausted, "out of memory in a convolution");
+  }
+  return ffi::Error::Success();
 }
 
 }  // namespace
 
-#define MER_JAX_HANDLER(name, Work)                              \
-  XLA_FFI_DEFINE_HANDLER_SYMBOL(name, handle<Work>,              \
-                                ffi::Ffi::Bind()                 \
-                                    .RemainingArgs()             \
-                                    .RemainingRets()             \
-                                    .Attr<int64_t>("padding")    \
-                                    .Attr<int64_t>("window")     \
+#define MER_JAX_HANDLER(name, Work)                                \
+  XLA_FFI_DEFINE_HANDLER_SYMBOL(name, handle<Work>,                \
+                                ffi::Ffi::Bind()                   \
+                                    .RemainingArgs()               \
+                                    .RemainingRets()               \
+                                    .Attr<int64_t>("padding")      \
+                                    .Attr<int64_t>("window")       \
                                     .Attr<int64_t>("pool_padding") \
                                     .Attr<bool>("rectify"))
 

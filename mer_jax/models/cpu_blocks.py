@@ -3,7 +3,8 @@
 XLA's CPU backend writes each step over a large map to memory and reads it for the next, and its products of small
 kernels do not come near the rate of large ones. The C++ convolves, sums up and pools a row at a time in the registers
 and the cache of a core. It is compiled for the machine's own processor by the C++ compiler that the environment
-variable ``CXX`` names, or the first of c++, g++ and clang++ there is. ``CXX=`` (empty) leaves it alone.
+variable ``CXX`` names, or the first of c++, g++ and clang++ there is, and kept in ``$XDG_CACHE_HOME/mer_jax`` (else
+``~/.cache/mer_jax``). ``CXX=`` (empty) goes without.
 """
 
 import ctypes
@@ -16,77 +17,112 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import threading
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from mer_jax.models.convolution import Block, Implementation
 
 _SOURCE = Path(__file__).with_suffix(".cc")
 _COMPILERS = ("c++", "g++", "clang++")
-_FLAGS = ("-std=c++17", "-O3", "-march=native", "-fPIC", "-shared")
-_PLACES = np.uint16
+_FLAGS = ("-std=c++17", "-O3", "-fno-fast-math", "-fPIC", "-shared")
+_NATIVE = ("-march=native", "-mcpu=native")  # a compiler takes the one or the other
 _TARGETS = ("mer_jax_extremes", "mer_jax_forward", "mer_jax_backward")
+_PLACES = np.uint16
+
+_LOCK = threading.Lock()
+
+
+def available() -> bool:
+    """Whether this machine can do it."""
+    return bool(version())
+
+
+def version() -> str:
+    """What was compiled, told apart by source, compiler and processor: on these last bits depend. Empty for nothing.
+
+    The first call on a machine compiles, and one that cannot says so on stderr.
+    """
+    with _LOCK:  # threads that come first would compile each
+        return _load()
 
 
 @functools.cache
-def available() -> bool:
-    """Whether this machine can do it; the first call on a machine compiles, and says on stderr where that fails."""
-    compiler = _compiler()
-    if not compiler:
-        return False
+def _load() -> str:
     try:
-        library = ctypes.CDLL(str(_built(compiler)))
-    except (OSError, subprocess.CalledProcessError) as error:
-        reason = (getattr(error, "stderr", None) or str(error)).strip().splitlines()
+        compiler = _compiler()
+        if not compiler:
+            return ""
+        flags, target = _for_this_processor(compiler)
+        name = f"cpu_blocks-{hashlib.sha256(_SOURCE.read_bytes() + target.encode()).hexdigest()[:16]}"
+        library = _library(f"{name}-{importlib.metadata.version('jaxlib')}.so", [*compiler, *flags])
+        handlers = {target: jax.ffi.pycapsule(getattr(library, target)) for target in _TARGETS}
+    except (OSError, ValueError, AttributeError, subprocess.CalledProcessError) as error:
+        lines = (getattr(error, "stderr", None) or str(error)).strip().splitlines()
+        reason = next((line for line in lines if "error" in line), lines[0] if lines else type(error).__name__)
         print(
-            f"{shlex.join(compiler)} cannot compile {_SOURCE.name} ({reason[0] if reason else 'no reason given'}): "
-            "networks on flow train several times as slowly; set CXX to a C++17 compiler, or CXX= to go without",
+            f"CXX={os.environ.get('CXX', shlex.join(_found()))!r}: {_SOURCE.name} cannot be compiled ({reason}), so "
+            "that networks on flow train several times as slowly; set CXX to a C++17 compiler, or CXX= to go without",
             file=sys.stderr,
         )
-        return False
-    for target in _TARGETS:
-        jax.ffi.register_ffi_target(target, jax.ffi.pycapsule(getattr(library, target)), platform="cpu")
-    return True
+        return ""
+    for target, handler in handlers.items():
+        jax.ffi.register_ffi_target(target, handler, platform="cpu")
+    return name
+
+
+def _found() -> list[str]:
+    return [path] if (path := next(filter(None, map(shutil.which, _COMPILERS)), None)) else []
 
 
 def _compiler() -> list[str]:
     """The command of a C++ compiler, empty for none."""
-    if "CXX" in os.environ:
-        return shlex.split(os.environ["CXX"])
-    return [path] if (path := next(filter(None, map(shutil.which, _COMPILERS)), None)) else []
+    return shlex.split(os.environ["CXX"]) if "CXX" in os.environ else _found()
 
 
-def _built(compiler: list[str]) -> Path:
-    """The compiled library, from an earlier time if nothing has changed: source, compiler, processor and JAX."""
-    # What the compiler takes this processor for: a home folder may be shared by machines of several kinds.
-    target = _run([*compiler, *_FLAGS, "-dM", "-E", "-x", "c++", os.devnull])
-    headers = Path(jax.ffi.include_dir())
-    told = "\n".join([shlex.join(compiler), *_FLAGS, importlib.metadata.version("jaxlib"), target]).encode()
-    name = hashlib.sha256(_SOURCE.read_bytes() + told).hexdigest()[:16]
-    folder = _cache_folder()
-    path = folder / f"cpu_blocks-{name}.so"
-    if not path.is_file():
+def _for_this_processor(compiler: list[str]) -> tuple[list[str], str]:
+    """Flags, and what the compiler takes itself and this processor for."""
+    for native in _NATIVE:
+        flags = [*_FLAGS, native]
+        try:
+            return flags, _run([*compiler, *flags, "-dM", "-E", "-x", "c++", os.devnull])
+        except subprocess.CalledProcessError:
+            if native == _NATIVE[-1]:
+                raise
+    raise AssertionError
+
+
+def _library(name: str, command: list[str]) -> ctypes.CDLL:
+    """The compiled library, kept in the user's folder for what can be made again, if there is one."""
+    try:
+        folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "mer_jax")
         folder.mkdir(parents=True, exist_ok=True)
+        if (folder / name).is_file():
+            try:
+                return ctypes.CDLL(str(folder / name))
+            except OSError:  # cut short, or made where there are other libraries
+                (folder / name).unlink()
         with tempfile.TemporaryDirectory(dir=folder) as scratch:
-            made = Path(scratch, path.name)
-            _run([*compiler, *_FLAGS, "-isystem", str(headers), str(_SOURCE), "-o", str(made)])
-            made.replace(path)  # whole or not at all, whoever else compiles it at this moment
+            made = _compile(command, Path(scratch, name))
+            made.replace(folder / name)  # whole or not at all, whoever else compiles it at this moment
+        return ctypes.CDLL(str(folder / name))
+    except (OSError, RuntimeError):  # no home, or one that takes no files or runs none
+        with tempfile.TemporaryDirectory() as scratch:
+            return ctypes.CDLL(str(_compile(command, Path(scratch, name))))
+
+
+def _compile(command: list[str], path: Path) -> Path:
+    _run([*command, "-isystem", jax.ffi.include_dir(), str(_SOURCE), "-o", str(path)])
     return path
 
 
 def _run(command: list[str]) -> str:
-    return subprocess.run(command, check=True, capture_output=True, text=True, stdin=subprocess.DEVNULL).stdout
-
-
-def _cache_folder() -> Path:
-    """The user's folder for what can be made again."""
-    try:
-        home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    except RuntimeError:  # no home
-        home = Path(tempfile.gettempdir(), f"cache-{os.getuid()}")
-    return Path(home) / "mer_jax"
+    return subprocess.run(
+        command, check=True, capture_output=True, text=True, errors="replace", stdin=subprocess.DEVNULL
+    ).stdout
 
 
 def _call(target: str, block: Block, results: list[jax.ShapeDtypeStruct], *arrays: jax.Array):
@@ -100,26 +136,43 @@ def _call(target: str, block: Block, results: list[jax.ShapeDtypeStruct], *array
     )
 
 
+def _promoted(*arrays: jax.Array) -> list[jax.Array]:
+    """Arrays of one type, of the two that there is code for."""
+    dtype = jnp.result_type(*arrays)
+    if dtype not in (jnp.float32, jnp.float64):
+        raise ValueError(f"arrays of {dtype}: a CPU's convolutions take float32 and float64")
+    return [each.astype(dtype) for each in arrays]
+
+
 def _pooled(block: Block, x: jax.Array, kernel: jax.Array, dtype) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct((kernel.shape[-1], *block.pooled_sides(x, kernel), x.shape[-1]), dtype)
 
 
+def _spoilt(block: Block, kernel: jax.Array, bias: jax.Array) -> jax.Array:
+    """The kernel, not a number where the bias is none: what the ReLU compares with must not just lose."""
+    return kernel + 0.0 * bias[None, None, None] if block.rectify else kernel
+
+
 def _extremes(block, x, kernel, bias, scale):
+    x, kernel, bias, scale = _promoted(x, _spoilt(block, kernel, bias), bias, scale)
     (extreme,) = _call("mer_jax_extremes", block, [_pooled(block, x, kernel, x.dtype)], x, kernel, bias, scale)
     return extreme
 
 
 def _forward(block, x, kernel, bias, scale, sample_mask):
-    pooled = [_pooled(block, x, kernel, dtype) for dtype in (x.dtype, _PLACES)]
-    results = [*pooled, jax.typeof(bias), jax.typeof(bias)]
-    return *_call("mer_jax_forward", block, results, x, kernel, bias, scale, sample_mask), None
+    given = _promoted(x, _spoilt(block, kernel, bias), bias, scale, sample_mask)
+    moment = jax.ShapeDtypeStruct(bias.shape, given[0].dtype)
+    results = [_pooled(block, x, kernel, dtype) for dtype in (given[0].dtype, _PLACES)]
+    return *_call("mer_jax_forward", block, [*results, moment, moment], *given), None
 
 
 def _backward(block, x, kernel, bias, sample_mask, gradient, place, factor, constant, slope, kept, to_x):
     del kept  # the maps are made again
-    results = [jax.typeof(each) for each in ((kernel, bias, x) if to_x else (kernel, bias))]
-    given = x, kernel, bias, sample_mask, gradient, place, factor, constant, slope
-    of_kernel, of_bias, *of_x = _call("mer_jax_backward", block, results, *given)
+    *given, factor, constant, slope = _promoted(x, kernel, bias, sample_mask, gradient, factor, constant, slope)
+    wanted = (kernel, bias, x) if to_x else (kernel, bias)
+    results = [jax.ShapeDtypeStruct(each.shape, given[0].dtype) for each in wanted]
+    gradients = _call("mer_jax_backward", block, results, *given, place, factor, constant, slope)
+    of_kernel, of_bias, *of_x = (each.astype(like.dtype) for each, like in zip(gradients, wanted, strict=True))
     return of_kernel, of_bias, of_x[0] if to_x else None
 
 

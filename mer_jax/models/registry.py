@@ -138,7 +138,7 @@ def build_learner(config: Mapping, channels: Sequence[str], num_classes: int, pl
     return builders[config["name"]](config, tuple(channels), num_classes, platform)
 
 
-def _blocks(platform: str) -> Implementation:
+def _implementation(platform: str) -> Implementation:
     if platform != "cpu":
         return tiles.IMPLEMENTATION
     return cpu_blocks.IMPLEMENTATION if cpu_blocks.available() else pieces.IMPLEMENTATION
@@ -156,7 +156,7 @@ def _build_micro_attnet(config: Mapping, channels: tuple[str, ...], num_classes:
         attention_hidden=config["attention_hidden"],
         se_reduction=config["se_reduction"],
         hidden_dim=config["hidden_dim"],
-        implementation=_blocks(platform),
+        implementation=_implementation(platform),
     )
 
     def init(key, inputs):
@@ -181,7 +181,7 @@ def _build_micro_attnet(config: Mapping, channels: tuple[str, ...], num_classes:
 
 def _build_ststnet(config: Mapping, channels: tuple[str, ...], num_classes: int, platform: str) -> Learner:
     del config, channels
-    model = STSTNet(num_classes, _blocks(platform))
+    model = STSTNet(num_classes, _implementation(platform))
 
     def init(key, inputs):
         _check_size(inputs["flow"].shape, 4)

@@ -481,14 +481,14 @@ def block_size(num_members: int, num_devices: int, device_kind: str, wanted: int
     return -(-num_members // (num_devices * rounds))
 
 
-def _settled_block_size(workdir: Path, chosen: int | None, platform: str, compiled: bool) -> int:
+def _settled_block_size(workdir: Path, chosen: int | None, platform: str, convolutions: str) -> int:
     """The block size that the run began with: a resumed run cuts its members into the same blocks.
 
     Args:
         workdir: Folder of the run.
         chosen: What a new run settles; None in a process that follows another.
         platform: Of the devices.
-        compiled: Whether convolutions run by the CPU's own code.
+        convolutions: The version of a CPU's compiled convolutions, '' for none.
 
     Returns:
         The number of members of a block.
@@ -504,7 +504,7 @@ def _settled_block_size(workdir: Path, chosen: int | None, platform: str, compil
             "members_together": chosen,
             "platform": platform,
             "merged_loops": merged,
-            "compiled_convolutions": compiled,
+            "convolutions": convolutions,
         }
         atomic_write_text(path, json.dumps(settled) + "\n")
     again = "delete it and run the same command again, which settles it anew"
@@ -522,15 +522,11 @@ def _settled_block_size(workdir: Path, chosen: int | None, platform: str, compil
             f"{workdir} holds a study that began {began} XLA's merged loops and would go on {goes_on} them; add "
             f"--{OPTIONS}={option} to XLA_FLAGS before JAX starts, or choose another --workdir"
         )
-    if settled.get("compiled_convolutions", False) != compiled:
-        began, goes_on, remedy = (
-            ("without", "with", "set CXX= to go without")
-            if compiled
-            else ("with", "without", "set CXX to a C++17 compiler that works")
-        )
+    if (began := settled.get("convolutions", "")) != convolutions:
+        remedy = "set CXX to the C++ compiler that it began with" if began else "set CXX= to go without"
         raise UserError(
-            f"{workdir} holds a study that began {began} compiled convolutions and would go on {goes_on} them; "
-            f"{remedy}, or choose another --workdir"
+            f"{workdir} holds a study that began with {began or 'no'} compiled convolutions and would go on with "
+            f"{convolutions or 'none'}; {remedy}, on the same kind of CPU, or choose another --workdir"
         )
     return settled["members_together"]
 
@@ -595,7 +591,7 @@ def _train_on(
 ) -> int:
     platform, num_members = devices[0].platform, len(plan.members)
     one_by_one = platform == "cpu"
-    compiled = one_by_one and config.model.name in CONVOLUTIONAL and cpu_blocks.available()
+    convolutions = cpu_blocks.version() if one_by_one and config.model.name in CONVOLUTIONAL else ""
     if group.leads:
         _tell_devices(group, devices)
     told = group.wait("devices")
@@ -626,7 +622,7 @@ def _train_on(
         if not (config.study.members_together or (workdir / _BLOCKS).is_file()):
             memory = fit(wanted)
             wanted = memory.together
-        size = _settled_block_size(workdir, wanted, platform, compiled)
+        size = _settled_block_size(workdir, wanted, platform, convolutions)
         blocks = _blocks(num_members, size)
         _gather_metrics(workdir, plan, blocks)
         if compiles_by_timing(platform):
@@ -634,7 +630,7 @@ def _train_on(
             compile_ends(programs, plan.arrays, plan.inputs[0], devices[0], memory.together)
         group.tell("ready", finished=False)
     else:
-        size = _settled_block_size(workdir, None, platform, compiled)
+        size = _settled_block_size(workdir, None, platform, convolutions)
         blocks = _blocks(num_members, size)
     devices = devices[: len(blocks)]
     if memory is None or memory.together != size:

@@ -80,7 +80,7 @@ def test_fusion_counts_what_xla_counts():
 @pytest.mark.parametrize(("name", "side"), [("micro_attnet", 64), ("ststnet", 28)])
 def test_flow_networks_count_what_xla_counts(name, side, monkeypatch):
     # XLA sees nothing of a CPU's own code, and tiles spend arithmetic to save bytes.
-    monkeypatch.setattr(registry, "_blocks", lambda platform: plain_blocks.IMPLEMENTATION)
+    monkeypatch.setattr(registry, "_implementation", lambda platform: plain_blocks.IMPLEMENTATION)
     model = micro_attnet.get_config().model if name == "micro_attnet" else ConfigDict({"name": name})
     inputs = {"flow": np.zeros((8, side, side, 3), np.float32)}
     no_dropout = {"dropout": 0.0, "feature_dropout": 0.0}

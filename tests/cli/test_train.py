@@ -371,13 +371,19 @@ def test_loops_of_another_kind_are_refused(challenge, copy, told, monkeypatch, b
     assert f"began {began} XLA's merged loops" in line and f"add --xla_backend_extra_options={option} to XLA_FL" in line
 
 
-@pytest.mark.parametrize("began_with", [False, True])
-def test_convolutions_of_another_kind_are_refused(tmp_path, began_with):
-    assert train_module._settled_block_size(tmp_path, 2, "cpu", began_with) == 2
-    assert train_module._settled_block_size(tmp_path, None, "cpu", began_with) == 2
-    began, remedy = ("with", "set CXX to a C") if began_with else ("without", "set CXX= to go without")
-    with pytest.raises(UserError, match=f"began {began} compiled convolutions .*{remedy}.*another --workdir"):
-        train_module._settled_block_size(tmp_path, 2, "cpu", not began_with)
+@pytest.mark.parametrize(
+    ("began", "now", "remedy"),
+    [
+        ("", "cpu_blocks-1", "began with no compiled .* on with cpu_blocks-1; set CXX= to go without"),
+        ("cpu_blocks-1", "", "began with cpu_blocks-1 compiled .* on with none; set CXX to the C.. compiler that it"),
+        ("cpu_blocks-1", "cpu_blocks-2", "would go on with cpu_blocks-2; set CXX to .* began with, on the same kind"),
+    ],
+)
+def test_convolutions_of_another_kind_are_refused(tmp_path, began, now, remedy):
+    assert train_module._settled_block_size(tmp_path, 2, "cpu", began) == 2
+    assert train_module._settled_block_size(tmp_path, None, "cpu", began) == 2
+    with pytest.raises(UserError, match=f"{remedy}.*another --workdir"):
+        train_module._settled_block_size(tmp_path, 2, "cpu", now)
 
 
 def test_a_library_changes_no_option_of_the_process_that_uses_it(challenge, finished, tmp_path):

@@ -10,7 +10,7 @@ import pytest
 import torch
 from jax.test_util import check_grads
 
-from mer_jax.models import cpu_blocks, tiles
+from mer_jax.models import cpu_blocks, pieces, tiles
 from mer_jax.models.convolution import Block, extremes, train_block
 
 _spec = importlib.util.spec_from_file_location("plain_blocks", Path(__file__).parents[1] / "plain_blocks.py")
@@ -23,13 +23,14 @@ WIDE = (3, 1, 17, 0)  # more pixels than a byte counts
 SIDES = [(8, 7), (9, 10), (6, 11)]
 
 
-@pytest.fixture(params=["tiles", "cpu_blocks"])
-def implementation(request):
-    if request.param == "tiles":
-        return tiles.IMPLEMENTATION
-    if not cpu_blocks.available():
-        pytest.skip("no C++ compiler here")
-    return cpu_blocks.IMPLEMENTATION
+@pytest.fixture(params=[tiles, pieces, cpu_blocks], ids=["tiles", "pieces", "cpu_blocks"])
+def implementation(request, monkeypatch):
+    monkeypatch.setattr(pieces, "_CACHE_BYTES", 1)  # eight samples at a time
+    if request.param is cpu_blocks:
+        if not cpu_blocks._compiler():
+            pytest.skip("no C++ compiler here")
+        assert cpu_blocks.available()
+    return request.param.IMPLEMENTATION
 
 
 def arguments(rng, size, sides, batch=5, channels=2, features=3, dtype=np.float32):
@@ -141,9 +142,26 @@ def test_what_is_not_a_number_is_seen(rectify, implementation, rng):
     x = x.at[0, 3, 3, 1].set(jnp.nan)
     for each in train_block(implementation, Block(1, 2, 0, rectify), x, kernel, bias, scale, shift, jnp.ones(5)):
         assert np.isnan(each).all()
+    extreme = implementation.extremes(Block(0, 2, 0, rectify), x, kernel, bias, scale)  # (3, 2, 2, 5)
+    assert np.isnan(extreme[:, ..., 1]).all() and not np.isnan(extreme[..., 0]).any()
     kernel = kernel.at[0, 0, 0, 2].set(jnp.nan)
     extreme = implementation.extremes(Block(0, 2, 0, rectify), x, kernel, bias, scale)
     assert np.isnan(extreme[2]).all() and not np.isnan(extreme[:2, ..., 0]).any()
+
+
+@pytest.mark.parametrize("place", range(9))
+def test_one_pixel_that_is_not_a_number_spoils_its_window(place, implementation):
+    one = jnp.ones(1)
+    x = jnp.arange(36.0).reshape(1, 6, 6, 1).at[0, 3 + place // 3, place % 3, 0].set(jnp.nan)
+    extreme = implementation.extremes(Block(0, 3, 0, False), x, jnp.ones((1, 1, 1, 1)), 0 * one, one)
+    np.testing.assert_array_equal(extreme[0, ..., 0], [[14, 17], [np.nan, 35]])
+
+
+def test_a_bias_that_is_not_a_number_spoils_its_channel(implementation, rng):
+    x, kernel, bias, scale, shift = arguments(rng, 3, (6, 6))
+    bias = bias.at[1].set(jnp.nan)
+    for each in train_block(implementation, Block(1, 2, 0, True), x, kernel, bias, scale, shift, jnp.ones(5)):
+        assert np.isnan(each[1]).all() and np.isfinite(each[::2]).all()
 
 
 @pytest.mark.parametrize("rectify", [False, True])

@@ -1,8 +1,9 @@
 """The CPU's own code for blocks: what it promises beyond its values, and how it is compiled."""
 
 import re
-import subprocess
 import sys
+import tempfile
+from concurrent.futures import ThreadPoolExecutor
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +11,7 @@ import numpy as np
 import pytest
 
 from mer_jax.models import cpu_blocks, tiles
-from mer_jax.models.convolution import Block, train_block
+from mer_jax.models.convolution import Block, convolution_block, train_block
 from mer_jax.models.registry import build_learner
 from mer_jax.models.ststnet import STSTNet
 
@@ -21,7 +22,14 @@ def arguments(rng, batch):
     return [jnp.asarray(rng.normal(size=shape), jnp.float32) for shape in shapes]
 
 
-compiled = pytest.mark.skipif(not cpu_blocks.available(), reason="no C++ compiler here")
+compiled = pytest.mark.skipif(not cpu_blocks._compiler(), reason="no C++ compiler here")
+
+
+@pytest.fixture(autouse=True)
+def registered():
+    cpu_blocks.available()
+
+
 FLOW = {"flow": jnp.zeros((1, 28, 28, 3))}
 
 
@@ -43,10 +51,74 @@ def test_padding_changes_no_bit(rng):
     mask = jnp.ones(19)
 
     def run(x, mask):
-        y, mean, variance = train_block(cpu_blocks.IMPLEMENTATION, Block(2, 3, 1, True), x, *others, mask)
-        return y[..., :19], mean, variance
+        def loss(*others):
+            y, mean, variance = train_block(cpu_blocks.IMPLEMENTATION, Block(2, 3, 1, True), x, *others, mask)
+            return jnp.sum(y[..., :19] ** 2), (y[..., :19], mean, variance)
 
-    jax.tree.map(np.testing.assert_array_equal, run(x, mask), run(garbage, jnp.pad(mask, (0, 7))))
+        return jax.grad(loss, argnums=range(4), has_aux=True)(*others)
+
+    (bare, values), (padded, others) = run(x, mask), run(garbage, jnp.pad(mask, (0, 7)))
+    jax.tree.map(np.testing.assert_array_equal, values, others)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5), bare, padded)
+
+
+@compiled
+def test_threads_and_other_shapes_change_no_bit(rng):
+    """Scratch memory belongs to a thread, and is used again by calls of other shapes."""
+    given = [arguments(rng, batch) for batch in (3, 40, 17)]
+
+    @jax.jit
+    def run(x, *others):
+        def loss(*given):
+            return jnp.sum(
+                train_block(cpu_blocks.IMPLEMENTATION, Block(1, 2, 0, True), *given, jnp.ones(x.shape[-1]))[0]
+            )
+
+        return jax.value_and_grad(loss, argnums=range(5))(x, *others)
+
+    want = [run(*each) for each in given]
+    with ThreadPoolExecutor(4) as pool:
+        for place, got in enumerate(pool.map(lambda n: run(*given[n % 3]), range(60))):
+            jax.tree.map(np.testing.assert_array_equal, got, want[place % 3])
+
+
+@compiled
+@pytest.mark.parametrize("kind", [jnp.bfloat16, jnp.int32, jnp.float16])
+def test_other_types_are_refused(kind, rng):
+    given = [each.astype(kind) for each in arguments(rng, 5)[:4]]
+    with pytest.raises(ValueError, match="take float32 and float64"):
+        cpu_blocks.IMPLEMENTATION.extremes(Block(1, 2, 0, False), *given)
+
+
+@compiled
+def test_mixed_types_are_promoted(rng):
+    x, *others = arguments(rng, 5)
+
+    def run(x, *others):
+        def loss(*given):
+            return jnp.sum(train_block(cpu_blocks.IMPLEMENTATION, Block(1, 2, 0, True), *given, jnp.ones(5))[0] ** 2)
+
+        return jax.grad(loss, argnums=range(5))(x, *others)
+
+    narrow = x.astype(jnp.bfloat16)
+    got, want = run(narrow, *others), run(narrow.astype(jnp.float32), *others)
+    assert [each.dtype for each in got] == [jnp.bfloat16] + [jnp.float32] * 4
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6, atol=1e-6), got[1:], want[1:])
+
+
+@pytest.mark.parametrize(
+    ("block", "told"),
+    [
+        (Block(3, 2, 0, False), r"padding must be in \[0, 3\)"),
+        (Block(1, 2, 2, False), r"pool_padding in \[0, 2\)"),
+        (Block(1, 256, 0, False), r"window in \[1, 255\]"),
+        (Block(1, 11, 0, False), "smaller than a window"),
+    ],
+)
+def test_shapes_that_nothing_is_made_for_are_refused(block, told, rng):
+    x, kernel, bias, *_ = arguments(rng, 5)
+    with pytest.raises(ValueError, match=told):
+        convolution_block(tiles.IMPLEMENTATION, block, x, kernel, bias, [], jnp.ones(5, bool), train=True)
 
 
 @compiled
@@ -77,53 +149,75 @@ def test_a_cpu_takes_it_and_nothing_else_does():
     assert "mer_jax_extremes" not in ststnet("gpu")
 
 
-def test_an_empty_cxx_goes_without(monkeypatch):
+@compiled
+def test_there_is_a_version_where_there_is_a_compiler():
+    assert cpu_blocks.version().startswith("cpu_blocks-")
+
+
+@pytest.fixture
+def anew(monkeypatch, tmp_path):
+    """``load()`` as in a new process, with an empty folder for what is compiled; nothing is registered twice."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr(cpu_blocks, "_FLAGS", [flag for flag in cpu_blocks._FLAGS if flag != "-O3"])
+    monkeypatch.setattr(jax.ffi, "register_ffi_target", lambda *arguments, **fields: None)
+    return cpu_blocks._load.__wrapped__
+
+
+def test_an_empty_cxx_goes_without(anew, monkeypatch, capfd):
     monkeypatch.setenv("CXX", "")
-    assert not cpu_blocks.available.__wrapped__()
-    monkeypatch.setattr(cpu_blocks, "available", cpu_blocks.available.__wrapped__)
+    assert anew() == "" and not capfd.readouterr().err
+    monkeypatch.setattr(cpu_blocks, "_load", anew)
     assert "mer_jax_extremes" not in ststnet("cpu")
 
 
-@pytest.mark.parametrize("compiler", ["no_such_compiler", f"{sys.executable} -c 'raise SystemExit(3)'"])
-def test_a_compiler_that_fails_is_told_in_one_line(compiler, monkeypatch, capfd, tmp_path):
+FAILS = "import sys; print('In file', 'x.h: error: no such thing', sep='\\n', file=sys.stderr); raise SystemExit(1)"
+
+
+@pytest.mark.parametrize(
+    ("compiler", "reason"),
+    [
+        ("no_such_compiler", "No such file"),
+        (f'{sys.executable} -c "{FAILS}"', "x.h: error: no such thing"),
+        ("g++ 'x", "No closing quotation"),
+        ("true", "cannot be compiled"),
+    ],
+)
+def test_a_compiler_that_fails_is_told_in_one_line(compiler, reason, anew, monkeypatch, capfd, tmp_path):
     monkeypatch.setenv("CXX", compiler)
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    assert not cpu_blocks.available.__wrapped__()
+    assert anew() == ""
     told = capfd.readouterr().err
-    assert told.count("\n") == 1 and compiler.split()[0] in told and "CXX=" in told
+    assert told.count("\n") == 1 and reason in told and "CXX= to go without" in told
     assert not list(tmp_path.rglob("*.so"))
 
 
 @compiled
-def test_a_machine_compiles_once(monkeypatch, tmp_path):
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    commands = []
-
-    def run(command):
-        commands.append(command)
-        return subprocess.run(command, check=True, capture_output=True, text=True).stdout
-
-    monkeypatch.setattr(cpu_blocks, "_run", run)
-    monkeypatch.setattr(cpu_blocks, "_FLAGS", [flag for flag in cpu_blocks._FLAGS if flag != "-O3"])
-    compiler = cpu_blocks._compiler()
-    first = cpu_blocks._built(compiler)
-    again = cpu_blocks._built(compiler)
-    assert (
-        first == again
-        and first.parent == tmp_path / "mer_jax"
-        and [path.name for path in first.parent.iterdir()] == [first.name]
-    )
-    assert sum("-o" in command for command in commands) == 1
-    monkeypatch.setattr(cpu_blocks, "_FLAGS", (*cpu_blocks._FLAGS, "-DOTHER"))
-    assert cpu_blocks._built(compiler) != first
+def test_a_machine_compiles_once(anew, monkeypatch, tmp_path):
+    compile, made = cpu_blocks._compile, []
+    monkeypatch.setattr(cpu_blocks, "_compile", lambda *given: made.append(given) or compile(*given))
+    name = anew()
+    assert name and anew() == name and len(made) == 1
+    (kept,) = (tmp_path / "cache" / "mer_jax").iterdir()
+    assert kept.name.startswith(name)
+    cut = tmp_path / "other" / "mer_jax" / kept.name
+    cut.parent.mkdir(parents=True)
+    cut.write_bytes(kept.read_bytes()[:1000])
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "other"))
+    assert anew() == name and len(made) == 2 and cut.stat().st_size == kept.stat().st_size
+    monkeypatch.setattr(cpu_blocks, "_FLAGS", [*cpu_blocks._FLAGS, "-DOTHER"])
+    assert anew() != name and len(made) == 3
 
 
 @compiled
-def test_a_homeless_user_has_a_folder_too(monkeypatch, tmp_path):
-    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
-    monkeypatch.setattr(cpu_blocks.Path, "home", lambda: (_ for _ in ()).throw(RuntimeError("no home")))
-    monkeypatch.setattr(cpu_blocks.tempfile, "gettempdir", lambda: str(tmp_path))
-    assert cpu_blocks._cache_folder().parent.parent == tmp_path
+@pytest.mark.parametrize("home", ["a file", "none"])
+def test_who_can_keep_nothing_compiles_for_the_process(home, anew, monkeypatch, tmp_path):
+    if home == "none":
+        monkeypatch.delenv("XDG_CACHE_HOME")
+        monkeypatch.setattr(cpu_blocks.Path, "home", lambda: (_ for _ in ()).throw(RuntimeError("no home")))
+    else:
+        (tmp_path / "cache").write_text("")
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    assert anew()
+    assert {path.name for path in tmp_path.iterdir()} <= {"cache"}
 
 
 @compiled
