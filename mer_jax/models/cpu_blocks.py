@@ -103,10 +103,12 @@ def _library(name: str, command: list[str]) -> ctypes.CDLL:
         if (folder / name).is_file():
             try:
                 return ctypes.CDLL(str(folder / name))
-            except OSError:  # cut short, or made where there are other libraries
+            except OSError:  # empty, or made where there are other libraries
                 (folder / name).unlink()
         with tempfile.TemporaryDirectory(dir=folder) as scratch:
             made = _compile(command, Path(scratch, name))
+            with made.open("rb") as stream:
+                os.fsync(stream.fileno())  # a library that a lost machine cut short would end processes
             made.replace(folder / name)  # whole or not at all, whoever else compiles it at this moment
         return ctypes.CDLL(str(folder / name))
     except (OSError, RuntimeError):  # no home, or one that takes no files or runs none

@@ -200,7 +200,7 @@ def test_a_machine_compiles_once(anew, monkeypatch, tmp_path):
     assert kept.name.startswith(name)
     cut = tmp_path / "other" / "mer_jax" / kept.name
     cut.parent.mkdir(parents=True)
-    cut.write_bytes(kept.read_bytes()[:1000])
+    cut.write_bytes(b"")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "other"))
     assert anew() == name and len(made) == 2 and cut.stat().st_size == kept.stat().st_size
     monkeypatch.setattr(cpu_blocks, "_FLAGS", [*cpu_blocks._FLAGS, "-DOTHER"])
