@@ -10,6 +10,7 @@ import queue
 import re
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -231,6 +232,24 @@ def seconds(turn: Callable[[], None]) -> float:
     begun = time.perf_counter()
     turn()
     return time.perf_counter() - begun
+
+
+def operations_of(turn: Callable[[], object]) -> list[tuple[str, float, int]]:
+    """What the device did in a turn, by JAX's profiler: a compiled operation's name, its seconds and calls.
+
+    Loops and branches are left out, for what they hold stands for itself. The longest comes first.
+    """
+    spent: dict[str, list[float]] = {}
+    with tempfile.TemporaryDirectory() as folder:
+        with jax.profiler.trace(folder):
+            turn()
+        (path,) = Path(folder).rglob("*.xplane.pb")
+        profile = jax.profiler.ProfileData.from_file(str(path))
+        for event in (event for plane in profile.planes for line in plane.lines for event in line.events):
+            name = dict(event.stats).get("hlo_op", "")
+            if name and not event.name.startswith("end: ") and not name.startswith(("while", "cond", "call")):
+                spent.setdefault(name, []).append(event.duration_ns * 1e-9)
+    return sorted(((name, sum(each), len(each)) for name, each in spent.items()), key=lambda each: -each[1])
 
 
 def take_turns(ways: Mapping[str, Callable[[], None]], repeats: int) -> tuple[dict[str, float], dict[str, list[float]]]:

@@ -4,6 +4,7 @@ r"""How near a study comes to what the machine can do, and what the same trainin
     python benchmarks/study.py --models fusion --members 30 --ways pytorch study --repeats 5 --json rows.jsonl
     python benchmarks/study.py --models fusion --phases --json rows.jsonl
     python benchmarks/study.py --models fusion --members 300 --peaks --json rows.jsonl
+    python benchmarks/study.py --models fusion --members 30 --profile 20
     python benchmarks/study.py --tables rows.jsonl --plot docs/performance.png
 
 Ways: ``study`` (this software), ``single`` (its engine with one member a call, one after another), ``pytorch`` (an
@@ -29,7 +30,17 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import jax
 import numpy as np
 
-from benchmarks.jobs import MODELS, Job, make_job, own_peak_gib, peak_gib_of, single_way, study_way, take_turns
+from benchmarks.jobs import (
+    MODELS,
+    Job,
+    make_job,
+    operations_of,
+    own_peak_gib,
+    peak_gib_of,
+    single_way,
+    study_way,
+    take_turns,
+)
 from mer_jax.cli import open_door
 from mer_jax.models.registry import CONVOLUTIONAL
 from mer_jax.parallel import available_processors
@@ -141,6 +152,22 @@ def measure_phases(given: argparse.Namespace, name: str) -> Iterator[dict]:
     yield row
 
 
+def measure_profile(given: argparse.Namespace, name: str) -> Iterator[dict]:
+    """The compiled operations that a study spends most time in."""
+    job = make_job(name, max(given.members), given.epochs)
+    turn = study_way(job)
+    turn()  # compiles
+    operations = [
+        {"operation": operation, "ms": seconds / job.member_steps * 1e3, "calls": calls / job.member_steps}
+        for operation, seconds, calls in operations_of(turn)
+    ]
+    row = {"kind": "profile", "model": name, "members": max(given.members), "operations": operations}
+    print(f"{TITLES[name]}: {len(operations)} operations, ms a member-step of all threads together")
+    for each in operations[: given.profile]:
+        print(f"{each['ms']:8.3f} in {each['calls']:6.2f} calls  {each['operation']}")
+    yield row
+
+
 def phase_table(row: Mapping) -> str:
     """A row of ``kind`` phases as Markdown."""
     machine = row["machine"]
@@ -172,7 +199,7 @@ def joined(rows: Sequence[Mapping], model: str) -> dict[int, dict]:
     """
     found: dict[int, dict] = {}
     for row in rows:
-        if row["model"] != model or row["kind"] == "phases":
+        if row["model"] != model or row["kind"] not in ("times", "peaks"):
             continue
         entry = found.setdefault(row["members"], {"pieces": [], "gib": {}})
         if row["kind"] == "times":
@@ -284,6 +311,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--stack", type=int, default=30, help="most members of torch.func's stack")
     parser.add_argument("--phases", action="store_true", help="the machine and each phase's floor instead")
     parser.add_argument("--peaks", action="store_true", help="peak memory of each way in its own process instead")
+    parser.add_argument("--profile", type=int, default=0, help="so many of the longest operations instead")
     parser.add_argument(
         "--precision",
         default="float32",
@@ -319,7 +347,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         print(json.dumps({"peak_gib": own_peak_gib()}))
         return
     print(_machine_line())
-    measurement = measure_phases if given.phases else measure_peaks if given.peaks else measure
+    asked = ((given.phases, measure_phases), (given.peaks, measure_peaks), (given.profile, measure_profile))
+    measurement = next((function for wanted, function in asked if wanted), measure)
     for row in measurement(given, given.models[0]):
         if given.json:
             with given.json.open("a") as stream:
