@@ -27,6 +27,15 @@ def progress(iterable: Iterable | None = None, *, total: int | None = None, desc
     )
 
 
+def skip(shown: "tqdm | Silent", count: int) -> None:
+    """Counts units that were done before and say nothing about the speed."""
+    shown.n += count
+    shown.initial += count
+    if isinstance(shown, tqdm):
+        shown.last_print_n += count  # what came since is taken for speed
+        shown.refresh()
+
+
 class _LineProgress(tqdm):
     """A ``tqdm`` that prints whole lines, at most one every ten seconds and one at the end."""
 

@@ -35,7 +35,7 @@ from mer_jax.files import (
 )
 from mer_jax.models import cpu_blocks
 from mer_jax.models.registry import CONVOLUTIONAL, Learner, build_learner
-from mer_jax.progress import Silent, progress
+from mer_jax.progress import Silent, progress, skip
 from mer_jax.study import engine, shown
 from mer_jax.study.checkpoints import BlockCheckpoints, save_tree
 from mer_jax.study.data import (
@@ -891,9 +891,10 @@ class _BlockRunner:
         with self._lock:
             count = reached - self._counted.get(number, 0)
             self._counted[number] = reached
-            if not trained:
-                self._bar.initial += count
-            self._bar.update(count)
+            if trained:
+                self._bar.update(count)
+            else:
+                skip(self._bar, count)
             self._group.tell_done(sum(self._counted.values()))
 
     def show_others(self) -> None:
