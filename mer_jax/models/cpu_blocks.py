@@ -29,7 +29,6 @@ from mer_jax.models.convolution import Block, Implementation
 _SOURCE = Path(__file__).with_suffix(".cc")
 _COMPILERS = ("c++", "g++", "clang++")
 _FLAGS = ("-std=c++17", "-O3", "-fno-fast-math", "-fPIC", "-shared")
-_NATIVE = ("-march=native", "-mcpu=native")  # a compiler takes the one or the other
 _TARGETS = ("mer_jax_extremes", "mer_jax_forward", "mer_jax_backward")
 _PLACES = np.uint16
 
@@ -56,8 +55,8 @@ def _load() -> str:
         compiler = _compiler()
         if not compiler:
             return ""
-        flags, target = _for_this_processor(compiler)
-        name = f"cpu_blocks-{hashlib.sha256(_SOURCE.read_bytes() + target.encode()).hexdigest()[:16]}"
+        flags, processor = _for_this_processor(compiler)
+        name = f"cpu_blocks-{hashlib.sha256(_SOURCE.read_bytes() + processor.encode()).hexdigest()[:16]}"
         library = _library(f"{name}-{importlib.metadata.version('jaxlib')}.so", [*compiler, *flags])
         handlers = {target: jax.ffi.pycapsule(getattr(library, target)) for target in _TARGETS}
     except (OSError, ValueError, AttributeError, subprocess.CalledProcessError) as error:
@@ -85,14 +84,15 @@ def _compiler() -> list[str]:
 
 def _for_this_processor(compiler: list[str]) -> tuple[list[str], str]:
     """Flags, and what the compiler takes itself and this processor for."""
-    for native in _NATIVE:
+
+    def told(native):
         flags = [*_FLAGS, native]
-        try:
-            return flags, _run([*compiler, *flags, "-dM", "-E", "-x", "c++", os.devnull])
-        except subprocess.CalledProcessError:
-            if native == _NATIVE[-1]:
-                raise
-    raise AssertionError
+        return flags, _run([*compiler, *flags, "-dM", "-E", "-x", "c++", os.devnull])
+
+    try:
+        return told("-march=native")
+    except subprocess.CalledProcessError:
+        return told("-mcpu=native")  # as some compilers for ARM have it
 
 
 def _library(name: str, command: list[str]) -> ctypes.CDLL:
