@@ -245,10 +245,12 @@ def operations_of(turn: Callable[[], object]) -> list[tuple[str, float, int]]:
             turn()
         (path,) = Path(folder).rglob("*.xplane.pb")
         profile = jax.profiler.ProfileData.from_file(str(path))
-        for event in (event for plane in profile.planes for line in plane.lines for event in line.events):
-            name = dict(event.stats).get("hlo_op", "")
-            if name and not event.name.startswith("end: ") and not name.startswith(("while", "cond", "call")):
-                spent.setdefault(name, []).append(event.duration_ns * 1e-9)
+        for plane in profile.planes:
+            for line in plane.lines:
+                for event in line.events:
+                    name = dict(event.stats).get("hlo_op", "")
+                    if name and not event.name.startswith("end: ") and not name.startswith(("while", "cond", "call")):
+                        spent.setdefault(name, []).append(event.duration_ns * 1e-9)
     return sorted(((name, sum(each), len(each)) for name, each in spent.items()), key=lambda each: -each[1])
 
 
