@@ -22,12 +22,7 @@ def arguments(rng, batch):
     return [jnp.asarray(rng.normal(size=shape), jnp.float32) for shape in shapes]
 
 
-compiled = pytest.mark.skipif(not cpu_blocks._compiler(), reason="no C++ compiler here")
-
-
-@pytest.fixture(autouse=True)
-def registered():
-    cpu_blocks.available()
+compiled = pytest.mark.usefixtures("compiled")
 
 
 FLOW = {"flow": jnp.zeros((1, 28, 28, 3))}

@@ -15,6 +15,12 @@ from mer_jax.models.registry import build_learner
 from mer_jax.models.ststnet import STSTNet
 
 
+@pytest.fixture(autouse=True)
+def compiled_where_it_is_tested(request):
+    if getattr(request.node, "callspec", None) and request.node.callspec.params.get("way") is cpu_blocks:
+        request.getfixturevalue("compiled")
+
+
 def copy_conv(conv, params):
     conv.weight.data = torch.tensor(np.array(params["kernel"])).permute(3, 2, 0, 1).contiguous()
     conv.bias.data = torch.tensor(np.array(params["bias"]))
@@ -126,10 +132,6 @@ def signed_scales(variables, rng):
 
 def pair(kind, rng, batch=6, way=tiles):
     """A Flax network, its variables, and the PyTorch network with the same parameters."""
-    if way is cpu_blocks:
-        if not cpu_blocks._compiler():
-            pytest.skip("no C++ compiler here")
-        assert cpu_blocks.available()
     if kind == "ststnet":
         model, flow = STSTNet(3, way.IMPLEMENTATION), rng.normal(size=(batch, 28, 28, 3)).astype(np.float32)
     else:
