@@ -32,6 +32,7 @@ class Block(NamedTuple):
         pool_padding: Padding of the pooling, below ``window``; it never wins.
         rectify: Whether there is a ReLU between convolution and normalisation.
         epsilon: Added to the variance.
+        batch_first: Whether x is ``(B, H, W, C)``, as data lie, in place of ``(C, H, W, B)``.
     """
 
     padding: int
@@ -39,9 +40,14 @@ class Block(NamedTuple):
     pool_padding: int
     rectify: bool
     epsilon: float = 1e-5
+    batch_first: bool = False
+
+    def samples(self, x: jax.Array) -> int:
+        """B."""
+        return x.shape[0 if self.batch_first else -1]
 
     def map_sides(self, x: jax.Array, kernel: jax.Array) -> tuple[int, int]:
-        """Rows and columns of the maps of ``x`` ``(C, H, W, B)`` and ``kernel`` ``(k, k, C, F)``, before pooling."""
+        """Rows and columns of the maps of ``x`` and ``kernel`` ``(k, k, C, F)``, before pooling."""
         height, width = (side + 2 * self.padding - kernel.shape[0] + 1 for side in x.shape[1:3])
         return height, width
 
@@ -67,6 +73,26 @@ class Block(NamedTuple):
         return height, width
 
 
+def _channels(values: jax.Array) -> jax.Array:
+    return values[:, None, None, None]  # (F,) -> (F, 1, 1, 1)
+
+
+def over_samples(maps: jax.Array, sample_mask: jax.Array) -> jax.Array:
+    """Sums over pixels and the samples of a mask, ``(F, H', W', B)`` to ``(F,)``; never of rounded factors.
+
+    The sum over samples is a product: a reduction over all three axes at once is a scalar loop on a CPU.
+    """
+    return jnp.matmul(jnp.sum(maps, axis=(1, 2)), sample_mask, precision="highest")  # (F, B) (B,) -> (F,)
+
+
+def sums(
+    gradient: jax.Array, extreme: jax.Array, mean: jax.Array, sample_mask: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """The ``sums`` of implementations that have none of their own."""
+    products = gradient * (extreme - _channels(mean))
+    return over_samples(products, sample_mask), over_samples(gradient, sample_mask)
+
+
 class Implementation(NamedTuple):
     """How the large maps of a block are worked out. Those there are differ in speed and in last bits alone.
 
@@ -83,11 +109,16 @@ class Implementation(NamedTuple):
             slope (F,), kept, to_x) -> (kernel gradient, sums of z's gradient (F,), x gradient or None)`` for
             ``factor gradient`` of the extremes and ``-(constant + slope response)`` of all responses, of the mask's
             samples alone. The sums are 0 without a ReLU. ``to_x`` says whether x, which may be data, needs a gradient.
+        sums: ``(gradient (F, H', W', B), extremes, mean (F,), sample_mask) -> (F,), (F,)``: sums of
+            ``gradient (extreme - mean)`` and of ``gradient`` over pixels and the mask's samples.
+        batch_first: Whether it takes x as data lie, or must be given ``(C, H, W, B)``.
     """
 
     extremes: Callable
     forward: Callable
     backward: Callable
+    sums: Callable = sums
+    batch_first: bool = False
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
@@ -112,7 +143,7 @@ def extremes(
 
 def _extremes_forward(implementation, block, *primals):
     x, kernel, bias, scale = (each.value for each in primals)
-    mask = jnp.ones(x.shape[-1], x.dtype)
+    mask = jnp.ones(block.samples(x), x.dtype)
     extreme, place, _, _, kept = implementation.forward(block, x, kernel, bias, scale, mask)
     return extreme, (x, kernel, bias, mask, place, kept, _needed(primals[0]))
 
@@ -124,7 +155,7 @@ def _extremes_backward(implementation, block, saved, gradient):
         block, x, kernel, bias, mask, gradient, place, one, none, none, kept, to_x is not None
     )
     # Where a ReLU is closed, the response -bias remains.
-    return of_x, of_kernel, total - _over_samples(gradient, mask) if block.rectify else none, None
+    return of_x, of_kernel, total - over_samples(gradient, mask) if block.rectify else none, None
 
 
 extremes.defvjp(_extremes_forward, _extremes_backward, symbolic_zeros=True)
@@ -177,14 +208,6 @@ def _forward(implementation, block, *primals):
     return outputs, (x, kernel, bias, scale, sample_mask, _needed(primals[0]), *results)
 
 
-def _over_samples(maps: jax.Array, sample_mask: jax.Array) -> jax.Array:
-    """Sums over pixels and the samples of a mask, ``(F, H', W', B)`` to ``(F,)``; never of rounded factors.
-
-    The sum over samples is a product: a reduction over all three axes at once is a scalar loop on a CPU.
-    """
-    return jnp.matmul(jnp.sum(maps, axis=(1, 2)), sample_mask, precision="highest")  # (F, B) (B,) -> (F,)
-
-
 def _backward(implementation, block, saved, gradients):
     x, kernel, bias, scale, sample_mask, to_x, mean, inverse, extreme, place, kept = saved
     gradient = gradients[0]  # (F, H', W', B)
@@ -192,8 +215,8 @@ def _backward(implementation, block, saved, gradients):
         gradient = jnp.zeros_like(extreme)
     height, width = block.map_sides(x, kernel)
     count = jnp.maximum(jnp.sum(sample_mask) * (height * width), 1.0)
-    scale_gradient = inverse * _over_samples(gradient * (extreme - _channels(mean)), sample_mask)
-    shift_gradient = _over_samples(gradient, sample_mask)
+    products, shift_gradient = implementation.sums(gradient, extreme, mean, sample_mask)
+    scale_gradient = inverse * products
     # Of the usual gradient of batch normalisation the first term lives on the windows' winners alone.
     factor = scale * inverse
     constant = factor * (shift_gradient / count - mean * inverse * scale_gradient / count)
@@ -205,10 +228,6 @@ def _backward(implementation, block, saved, gradients):
 
 
 train_block.defvjp(_forward, _backward, symbolic_zeros=True)
-
-
-def _channels(values: jax.Array) -> jax.Array:
-    return values[:, None, None, None]  # (F,) -> (F, 1, 1, 1)
 
 
 class BatchNorm(nn.Module):
@@ -269,7 +288,7 @@ def convolution_block(
     Args:
         implementation: What works out the maps.
         block: The block's static part.
-        x: ``(C, H, W, B)``.
+        x: ``(C, H, W, B)``, or as the block says.
         kernel: ``(k, k, C, F)``.
         bias: ``(F,)``.
         normalisers: One or more, whose channels together are F: several streams cost no more than one.
@@ -283,6 +302,8 @@ def convolution_block(
         ValueError: As of :meth:`Block.check`.
     """
     block.check(x, kernel)
+    if block.batch_first and not implementation.batch_first:
+        x, block = x.transpose(3, 1, 2, 0), block._replace(batch_first=False)  # (B, H, W, C) -> (C, H, W, B)
     scale = jnp.concatenate([each.scale for each in normalisers])
     shift = jnp.concatenate([each.bias for each in normalisers])
     if not train:

@@ -2,10 +2,11 @@
 //
 // The samples of a batch fill the lanes of a vector. As many samples as there are lanes are worked on at a time, so
 // that what they need stays in the cache of a core, and row by row: a row of a map is convolved, summed up and pooled
-// before the next one begins. Maps are not stored, and are computed again for the gradient. Sums of products are taken
-// in tiles that fill the registers. One thread works on a call; a study has a member for every core.
+// before the next one begins. Maps are not stored, and are computed again for the gradient. Pixels are convolved in
+// pairs, which spares a third of the products, in tiles that fill the registers. One thread works on a call; a study
+// has a member for every core.
 //
-// Arrays are as in convolution.py: x (C, H, W, B), kernel (k, k, C, F), pooled maps (F, H', W', B).
+// Arrays are as in convolution.py: x (C, H, W, B) or (B, H, W, C), kernel (k, k, C, F), pooled maps (F, H', W', B).
 
 #include <algorithm>
 #include <cstddef>
@@ -15,6 +16,7 @@
 #include <initializer_list>
 #include <limits>
 #include <new>
+#include <type_traits>
 #include <utility>
 #include <vector>
 
@@ -41,8 +43,11 @@ constexpr int kFeatures = 4;  // 4 x 3 sums, of 16 registers
 constexpr int kVectorBytes = 16;
 constexpr int kFeatures = 4;
 #endif
-constexpr int kAcross = 3;         // pixels, or taps of the kernel, in a tile
-constexpr int kPixelsAtOnce = 32;  // whose gradients are at hand when the kernel's is summed up
+constexpr int kHalf = kFeatures / 2;   // of which pairs of pixels take as many registers
+constexpr int kAcross = 3;             // pairs of pixels, or threes of a kernel's taps, in a tile
+constexpr int kPairsAtOnce = 16;       // whose gradients are at hand when the kernel's is summed up
+constexpr int kBandBytes = 256 << 10;  // of the second cache, for inputs
+constexpr int kPageBytes = 4096;
 
 template <typename T>
 constexpr int kLanes = kVectorBytes / sizeof(T);
@@ -52,7 +57,10 @@ using Place = std::uint16_t;  // the number of a pixel in its pooling window
 template <typename T>
 struct Vectors {
   typedef T Own __attribute__((vector_size(kVectorBytes)));
+  typedef std::conditional_t<sizeof(T) == 4, std::int32_t, std::int64_t> Order
+      __attribute__((vector_size(kVectorBytes)));
   typedef double Wide __attribute__((vector_size(kLanes<T> * sizeof(double))));
+  typedef std::int32_t Whole __attribute__((vector_size(kLanes<T> * sizeof(std::int32_t))));
   typedef Place Places __attribute__((vector_size(kLanes<T> * sizeof(Place))));
 };
 template <typename T>
@@ -61,6 +69,16 @@ template <typename T>
 using Wide = typename Vectors<T>::Wide;
 template <typename T>
 using Places = typename Vectors<T>::Places;
+
+// By way of wider integers, which compilers convert in vectors.
+template <typename T>
+inline Places<T> to_places(Vector<T> numbers) {
+  return __builtin_convertvector(__builtin_convertvector(numbers, typename Vectors<T>::Whole), Places<T>);
+}
+template <typename T>
+inline Vector<T> to_numbers(Places<T> places) {
+  return __builtin_convertvector(__builtin_convertvector(places, typename Vectors<T>::Whole), Vector<T>);
+}
 
 // The `lanes` samples that lie at `from`, and zeros.
 template <typename V, typename T>
@@ -83,6 +101,37 @@ inline void store(T* to, V vector, int lanes) {
     std::memcpy(to, &vector, sizeof(V));
   else
     std::memcpy(to, &vector, lanes * sizeof(T));
+}
+
+// Every other value of the first or second halves of two vectors: a0 b0 a1 b1 ...
+template <typename T, std::size_t kFrom, std::size_t... kPlaces>
+inline Vector<T> interleaved(Vector<T> a, Vector<T> b, std::index_sequence<kPlaces...>) {
+#if defined(__clang__)
+  return __builtin_shufflevector(a, b, (kPlaces % 2 * kLanes<T> + kFrom + kPlaces / 2)...);
+#else
+  return __builtin_shuffle(a, b, typename Vectors<T>::Order{(kPlaces % 2 * kLanes<T> + kFrom + kPlaces / 2)...});
+#endif
+}
+
+// Turns the first so many values at the places of as many pointers as there are lanes into vectors. No pointer, zeros.
+template <typename T>
+void transpose(const T* const* from, std::size_t offset, int count, Vector<T>* to) {
+  using Places = std::make_index_sequence<kLanes<T>>;
+  Vector<T> rows[kLanes<T>], next[kLanes<T>];
+#pragma GCC unroll 16
+  for (int n = 0; n < kLanes<T>; ++n) rows[n] = from[n] ? load(from[n] + offset, count) : Vector<T>{};
+#pragma GCC unroll 4
+  for (int step = 1; step < kLanes<T>; step *= 2) {
+#pragma GCC unroll 16
+    for (int n = 0; n < kLanes<T> / 2; ++n) {
+      next[2 * n] = interleaved<T, 0>(rows[n], rows[n + kLanes<T> / 2], Places());
+      next[2 * n + 1] = interleaved<T, kLanes<T> / 2>(rows[n], rows[n + kLanes<T> / 2], Places());
+    }
+#pragma GCC unroll 16
+    for (int n = 0; n < kLanes<T>; ++n) rows[n] = next[n];
+  }
+#pragma GCC unroll 16
+  for (int n = 0; n < kLanes<T>; ++n) to[n] = rows[n];
 }
 
 // Memory for vectors, which a thread keeps for its next call.
@@ -119,67 +168,177 @@ void clear(Vector<T>* vectors, std::size_t count) {
   std::memset(static_cast<void*>(vectors), 0, count * kVectorBytes);
 }
 
+constexpr int tiles(int features) { return (features + kFeatures - 1) / kFeatures; }
+
 struct Shape {
   int channels, height, width, batch;  // of the input
   int size, features;                  // of the kernel
   int padding, window, pool_padding;
   bool rectify;
+  bool batch_first;  // x is (B, H, W, C)
 
   int padded_height() const { return height + 2 * padding; }
   int padded_width() const { return width + 2 * padding; }
-  std::size_t padded_plane() const { return static_cast<std::size_t>(padded_height()) * padded_width(); }
   int rows() const { return padded_height() - size + 1; }
   int columns() const { return padded_width() - size + 1; }
+  int pairs() const { return (columns() + 1) / 2; }
   int pooled_rows() const { return (rows() + 2 * pool_padding - window) / window + 1; }
   int pooled_columns() const { return (columns() + 2 * pool_padding - window) / window + 1; }
-  int taps() const { return channels * size * size; }
+  // Where places of samples `start` and following lie, (B / samples in a vector, H', F, W', samples in a vector):
+  // unlike the maps one after the other.
+  template <typename T>
+  std::size_t place_at(int start, int row, int feature, int column) const {
+    const std::size_t maps = static_cast<std::size_t>(features) * pooled_columns() * pooled_rows();
+    const std::size_t rest = (static_cast<std::size_t>(row) * features + feature) * pooled_columns() + column;
+    return start * maps + rest * kLanes<T>;
+  }
   // The window that holds a row of the map, and the number of the row's first pixel within it.
   int window_of(int row) const { return (row + pool_padding) / window; }
   int place_of(int row) const { return (row + pool_padding) % window * window; }
 };
 
-int tiles(int features) { return (features + kFeatures - 1) / kFeatures; }
+// A convolution of a row with three taps: two neighbouring results from four products (Winograd 1980),
+//
+//   z0 = p0 + p1 + p2    p0 = (x0 - x2) w0    p1 = (x1 + x2) (w0 + w1 + w2) / 2
+//   z1 = p1 - p2 - p3    p3 = (x1 - x3) w2    p2 = (x2 - x1) (w0 - w1 + w2) / 2
+//
+// Products of a kind are added up over channels, rows and, three by three, the taps of larger kernels.
+constexpr int kKinds = 4;
 
-// Copies samples `start` and following of maps (C, H, W, B) between zeros, which stay; of samples that do not count, by
-// a mask or because they are none, zeros as well, whatever they hold.
+// Rows of padded maps as such products take them, (kinds, channels, rows, columns to begin with, pairs): pairs of
+// results begin at even columns, and at odd ones for the second three taps of a kernel.
 template <typename T>
-void copy_within_zeros(const T* x, const Shape& shape, int start, int lanes, Vector<T> mask, Vector<T>* to) {
+struct Band {
+  Vector<T>* at;
+  int channels, starts, pairs;
+  int at_once, rows;  // of results, and of what they are made from
+
+  Band(int channels, int results, int size, int pixels)
+      : at(nullptr), channels(channels), starts(size > 3 ? 2 : 1), pairs((pixels + 1) / 2) {
+    const int fitting = kBandBytes / static_cast<int>(kKinds * kVectorBytes * channels * width()) + 1 - size;
+    at_once = std::max(2, std::min(fitting, results));
+    rows = at_once + size - 1;
+  }
+
+  std::size_t width() const { return static_cast<std::size_t>(starts) * pairs; }
+  std::size_t plane() const {
+    // A quarter of a page apart, so that none displaces the others from the first cache.
+    constexpr std::size_t page = kPageBytes / kVectorBytes;
+    return (channels * rows * width() + page - 1) / page * page + page / 4;
+  }
+  std::size_t count() const { return kKinds * plane(); }
+  std::ptrdiff_t offset(int channel, int row, int column) const {
+    return (static_cast<std::ptrdiff_t>(channel) * rows + row) * width() +
+           static_cast<std::ptrdiff_t>(column % 2) * pairs + column / 2;
+  }
+
+  // Takes a row of `line_for` pixels.
+  static int line_for(int pixels) { return pixels + 4; }
+  void take(const Vector<T>* pixels, int channel, int row) const {
+    Vector<T>* to = at + offset(channel, row, 0);
+    for (int start = 0; start < starts; ++start)
+      for (int pair = 0; pair < pairs; ++pair, ++to) {
+        const Vector<T>* x = pixels + start + 2 * pair;
+        to[0] = x[0] - x[2];
+        to[plane()] = x[1] + x[2];
+        to[2 * plane()] = x[2] - x[1];
+        to[3 * plane()] = x[1] - x[3];
+      }
+  }
+};
+
+// Takes some rows of samples `start` and following of maps, padded by zeros; of samples that do not count, by a mask or
+// because they are none, zeros as well, whatever they hold. `line` is zero where there are no pixels.
+template <typename T>
+void take(const T* x, const Shape& shape, int start, int lanes, Vector<T> mask, int first, int rows, Vector<T>* line,
+          Vector<T>* across, const Band<T>& to) {
   const auto counts = mask != 0;
   const Vector<T> none = {};
-  for (int c = 0; c < shape.channels; ++c)
-    for (int h = 0; h < shape.height; ++h) {
-      Vector<T>* row = to + c * shape.padded_plane() +
-                       static_cast<std::size_t>(h + shape.padding) * shape.padded_width() + shape.padding;
+  const int values = shape.width * shape.channels;
+  const T* samples[kLanes<T>];
+  for (int n = 0; shape.batch_first && n < kLanes<T>; ++n)
+    samples[n] = counts[n] && n < lanes ? x + static_cast<std::size_t>(start + n) * shape.height * values : nullptr;
+  for (int row = 0; row < rows; ++row) {
+    const int h = first + row - shape.padding;
+    if (h < 0 || h >= shape.height) {
+      for (int c = 0; c < shape.channels; ++c)
+        for (int kind = 0; kind < kKinds; ++kind)
+          clear<T>(to.at + kind * to.plane() + to.offset(c, row, 0), to.width());
+      continue;
+    }
+    for (int from = 0; shape.batch_first && from < values; from += kLanes<T>) {
+      const int begin = std::max(0, std::min(from, values - kLanes<T>));
+      transpose(samples, static_cast<std::size_t>(h) * values + begin, std::min(values, kLanes<T>), across + begin);
+    }
+    for (int c = 0; c < shape.channels; ++c) {
       const T* from = x + (static_cast<std::size_t>(c) * shape.height + h) * shape.width * shape.batch + start;
       for (int w = 0; w < shape.width; ++w)
-        row[w] = counts ? load(from + static_cast<std::size_t>(w) * shape.batch, lanes) : none;
+        line[shape.padding + w] = shape.batch_first ? across[w * shape.channels + c]
+                                  : counts          ? load(from + static_cast<std::size_t>(w) * shape.batch, lanes)
+                                                    : none;
+      to.take(line, c, row);
     }
+  }
 }
 
-// Where the taps of a kernel lie, seen from a pixel: (C, k, k).
-std::vector<std::ptrdiff_t> tap_offsets(int channels, int size, std::ptrdiff_t plane, std::ptrdiff_t row) {
-  std::vector<std::ptrdiff_t> offsets;
-  for (int c = 0; c < channels; ++c)
-    for (int i = 0; i < size; ++i)
-      for (int j = 0; j < size; ++j) offsets.push_back(c * plane + i * row + j);
-  return offsets;
-}
+// A kernel as its products take it: three taps of a row at a time, those first that have a third.
+struct Triples {
+  struct Triple {
+    int channel, row, column;
+  };
+  std::vector<Triple> of;
+  std::size_t whole = 0;  // those with a third tap
+  int channels, size, features;
 
-// A kernel (k, k, C, F) as (tile, C k k, features of a tile), filled up with zeros.
-template <typename T>
-std::vector<T> packed(const T* kernel, int size, int channels, int features) {
-  const std::size_t taps = static_cast<std::size_t>(channels) * size * size;
-  std::vector<T> weights(tiles(features) * taps * kFeatures, T(0));
-  for (int i = 0; i < size; ++i)
-    for (int j = 0; j < size; ++j)
+  Triples(int channels, int size, int features) : channels(channels), size(size), features(features) {
+    for (const bool third : {true, false}) {
       for (int c = 0; c < channels; ++c)
-        for (int f = 0; f < features; ++f) {
-          const std::size_t tap = (static_cast<std::size_t>(c) * size + i) * size + j;
-          weights[(f / kFeatures * taps + tap) * kFeatures + f % kFeatures] =
-              kernel[((static_cast<std::size_t>(i) * size + j) * channels + c) * features + f];
-        }
-  return weights;
-}
+        for (int i = 0; i < size; ++i)
+          for (int j = 0; j < size; j += 3)
+            if ((j + 2 < size) == third) of.push_back({c, i, j});
+      if (third) whole = of.size();
+    }
+  }
+
+  std::size_t count() const { return of.size(); }
+
+  // Where they begin in a band, seen from a row's first pixel.
+  template <typename T>
+  std::vector<std::ptrdiff_t> offsets(const Band<T>& band) const {
+    std::vector<std::ptrdiff_t> result;
+    for (const Triple& triple : of) result.push_back(band.offset(triple.channel, triple.row, triple.column));
+    return result;
+  }
+
+  // How many weights there are of half a tile.
+  std::size_t weights() const { return (3 * count() + whole) * kHalf; }
+
+  // A kernel (k, k, C, F) as (half a tile; second and third products of all triples, first and last of whole ones,
+  // first of the others; features), filled up with zeros.
+  template <typename T>
+  std::vector<T> packed(const T* kernel) const {
+    std::vector<T> result(2 * tiles(features) * weights(), T(0));
+    for (int f = 0; f < features; ++f) {
+      T* to = result.data() + f / kHalf * weights() + f % kHalf;
+      const auto tap = [&](const Triple& of, int beyond) {
+        const std::size_t at = static_cast<std::size_t>(of.row) * size + of.column + beyond;
+        return of.column + beyond < size ? kernel[(at * channels + of.channel) * features + f] : T(0);
+      };
+      for (const Triple& triple : of) {
+        const T outer = tap(triple, 0) + tap(triple, 2);
+        to[0] = (outer + tap(triple, 1)) / 2;
+        to[kHalf] = (outer - tap(triple, 1)) / 2;
+        to += 2 * kHalf;
+      }
+      for (std::size_t n = 0; n < count(); ++n) {
+        to[0] = tap(of[n], 0);
+        if (n < whole) to[kHalf] = -tap(of[n], 2);
+        to += n < whole ? 2 * kHalf : kHalf;
+      }
+    }
+    return result;
+  }
+};
 
 // The kernel (k, k, F, C) that takes gradients of the maps to those of the input.
 template <typename T>
@@ -194,84 +353,118 @@ std::vector<T> turned(const T* kernel, int size, int channels, int features) {
   return result;
 }
 
-// `kPixels` pixels of a row, for the features of a tile with `stride` between them.
-template <typename T, int kPixels>
-inline void convolve_tile(const Vector<T>* x, const std::vector<std::ptrdiff_t>& offsets, const T* weights,
-                          Vector<T>* z, std::size_t stride) {
-  Vector<T> sums[kFeatures][kPixels] = {};
-  for (const std::ptrdiff_t offset : offsets) {
-    Vector<T> pixels[kPixels];
+// `kPairs` pairs of pixels of a row, for half the features of a tile with `stride` between them.
+template <typename T, int kPairs>
+inline void convolve_tile(const Vector<T>* x, std::size_t plane, const std::ptrdiff_t* offsets, std::size_t count,
+                          std::size_t whole, const T* weights, Vector<T>* z, std::size_t stride) {
+  Vector<T> even[kHalf][kPairs] = {}, odd[kHalf][kPairs] = {};
+  const auto add = [&](Vector<T>(&sums)[kHalf][kPairs], const Vector<T>* at) MER_JAX_INLINED {
+    Vector<T> pixels[kPairs];
 #pragma GCC unroll 16
-    for (int p = 0; p < kPixels; ++p) pixels[p] = x[offset + p];
+    for (int p = 0; p < kPairs; ++p) {
+      pixels[p] = at[p];
+      MER_JAX_KEEP(pixels[p]);
+    }
 #pragma GCC unroll 16
-    for (int f = 0; f < kFeatures; ++f) {
+    for (int f = 0; f < kHalf; ++f) {
       const T weight = weights[f];
 #pragma GCC unroll 16
-      for (int p = 0; p < kPixels; ++p) sums[f][p] += weight * pixels[p];
+      for (int p = 0; p < kPairs; ++p) sums[f][p] += weight * pixels[p];
     }
-    weights += kFeatures;
+    weights += kHalf;
+  };
+  for (std::size_t n = 0; n < count; ++n) {
+    add(even, x + plane + offsets[n]);
+    add(odd, x + 2 * plane + offsets[n]);
   }
 #pragma GCC unroll 16
-  for (int f = 0; f < kFeatures; ++f)
+  for (int f = 0; f < kHalf; ++f)
 #pragma GCC unroll 16
-    for (int p = 0; p < kPixels; ++p) z[f * stride + p] = sums[f][p];
+    for (int p = 0; p < kPairs; ++p) {
+      const Vector<T> second = even[f][p], third = odd[f][p];
+      even[f][p] = second + third;
+      odd[f][p] = second - third;
+    }
+  for (std::size_t n = 0; n < whole; ++n) {
+    add(even, x + offsets[n]);
+    add(odd, x + 3 * plane + offsets[n]);
+  }
+  for (std::size_t n = whole; n < count; ++n) add(even, x + offsets[n]);
+#pragma GCC unroll 16
+  for (int f = 0; f < kHalf; ++f)
+#pragma GCC unroll 16
+    for (int p = 0; p < kPairs; ++p) z[f * stride + 2 * p] = even[f][p], z[f * stride + 2 * p + 1] = odd[f][p];
 }
 
+// A row of a tile's features.
 template <typename T>
-void convolve_row(const Vector<T>* x, const std::vector<std::ptrdiff_t>& offsets, const T* weights, int columns,
-                  Vector<T>* z, std::size_t stride) {
-  int column = 0;
-  for (; column + kAcross <= columns; column += kAcross)
-    convolve_tile<T, kAcross>(x + column, offsets, weights, z + column, stride);
-  for (; column < columns; ++column) convolve_tile<T, 1>(x + column, offsets, weights, z + column, stride);
+void convolve_row(const Vector<T>* x, std::size_t plane, const Triples& triples,
+                  const std::vector<std::ptrdiff_t>& offsets, const T* weights, int pairs, Vector<T>* z,
+                  std::size_t stride) {
+  const auto each = [&](auto tile, int pair) {
+    for (int half = 0; half < 2; ++half)
+      tile(x + pair, plane, offsets.data(), triples.count(), triples.whole, weights + half * triples.weights(),
+           z + half * kHalf * stride + 2 * pair, stride);
+  };
+  int pair = 0;
+  for (; pair + kAcross <= pairs; pair += kAcross) each(convolve_tile<T, kAcross>, pair);
+  for (; pair < pairs; ++pair) each(convolve_tile<T, 1>, pair);
 }
 
-// Maps of a tile of features, or their gradients: `stride` between features, `width` between rows.
+// Gradients of the maps of a tile of features, some rows of pairs of pixels.
 template <typename T>
 struct Tile {
-  Vector<T>* at;
-  std::size_t stride;
-  int width, rows, columns;
+  const Vector<T>* at;
+  std::size_t stride, width;  // between features and rows
+  int rows, pairs;
 };
 
-// Adds the gradient of `kTaps` taps of the kernel: products of shifted inputs with gradients of the maps.
-template <typename T, int kTaps>
-inline void correlate_tile(const Vector<T>* x, const std::ptrdiff_t* offsets, int x_width, const Tile<T>& gradient,
+// Adds gradients of `kTriples` weights of a kind: products of what the weights were multiplied with and gradients of
+// the products.
+template <typename T, int kKind, int kTriples>
+inline void correlate_tile(const Vector<T>* x, const std::ptrdiff_t* offsets, std::size_t x_width, const Tile<T>& of,
                            Vector<T>* sums) {
-  Vector<T> held[kTaps][kFeatures];
+  Vector<T> held[kTriples][kFeatures];
 #pragma GCC unroll 16
-  for (int t = 0; t < kTaps; ++t)
+  for (int t = 0; t < kTriples; ++t)
 #pragma GCC unroll 16
     for (int f = 0; f < kFeatures; ++f) held[t][f] = sums[t * kFeatures + f];
-  for (int row = 0; row < gradient.rows; ++row, x += x_width) {
-    const Vector<T>* at = gradient.at + static_cast<std::size_t>(row) * gradient.width;
-    for (int column = 0; column < gradient.columns; ++column) {
-      Vector<T> pixels[kTaps];
+  for (int row = 0; row < of.rows; ++row, x += x_width) {
+    const Vector<T>* at = of.at + row * of.width;
+    for (int pair = 0; pair < of.pairs; ++pair, at += 2) {
+      Vector<T> pixels[kTriples];
 #pragma GCC unroll 16
-      for (int t = 0; t < kTaps; ++t) pixels[t] = x[offsets[t] + column];
+      for (int t = 0; t < kTriples; ++t) pixels[t] = x[offsets[t] + pair];
 #pragma GCC unroll 16
       for (int f = 0; f < kFeatures; ++f) {
-        Vector<T> of_feature = at[f * gradient.stride + column];
-        MER_JAX_KEEP(of_feature);  // a load within each product would take longer than the products
+        const Vector<T>* of_pair = at + f * of.stride;
+        Vector<T> gradient = kKind == 0   ? of_pair[0]
+                             : kKind == 1 ? of_pair[0] + of_pair[1]
+                             : kKind == 2 ? of_pair[0] - of_pair[1]
+                                          : of_pair[1];
+        MER_JAX_KEEP(gradient);  // a load within each product would take longer than the products
 #pragma GCC unroll 16
-        for (int t = 0; t < kTaps; ++t) held[t][f] += pixels[t] * of_feature;
+        for (int t = 0; t < kTriples; ++t) held[t][f] += pixels[t] * gradient;
       }
     }
   }
 #pragma GCC unroll 16
-  for (int t = 0; t < kTaps; ++t)
+  for (int t = 0; t < kTriples; ++t)
 #pragma GCC unroll 16
     for (int f = 0; f < kFeatures; ++f) sums[t * kFeatures + f] = held[t][f];
 }
 
-template <typename T>
-void correlate(const Vector<T>* x, const std::vector<std::ptrdiff_t>& offsets, int x_width, const Tile<T>& gradient,
-               Vector<T>* sums) {
-  std::size_t tap = 0;
-  for (; tap + kAcross <= offsets.size(); tap += kAcross)
-    correlate_tile<T, kAcross>(x, offsets.data() + tap, x_width, gradient, sums + tap * kFeatures);
-  for (; tap < offsets.size(); ++tap)
-    correlate_tile<T, 1>(x, offsets.data() + tap, x_width, gradient, sums + tap * kFeatures);
+// Adds those of all weights, (kind, triple, feature).
+template <typename T, int kKind = 0>
+void correlate(const Vector<T>* x, std::size_t plane, const Triples& triples,
+               const std::vector<std::ptrdiff_t>& offsets, std::size_t x_width, const Tile<T>& of, Vector<T>* sums) {
+  const std::size_t count = kKind + 1 == kKinds ? triples.whole : triples.count();
+  std::size_t n = 0;
+  for (; n + kAcross <= count; n += kAcross)
+    correlate_tile<T, kKind, kAcross>(x, offsets.data() + n, x_width, of, sums + n * kFeatures);
+  for (; n < count; ++n) correlate_tile<T, kKind, 1>(x, offsets.data() + n, x_width, of, sums + n * kFeatures);
+  if constexpr (kKind + 1 < kKinds)
+    correlate<T, kKind + 1>(x + plane, plane, triples, offsets, x_width, of, sums + triples.count() * kFeatures);
 }
 
 // How the columns of a map fall into pooling windows. The windows from `begin` to `end` are whole.
@@ -290,15 +483,15 @@ struct Windows {
   // The first column after all windows.
   int covered() const { return std::min(columns, count * window - pool_padding); }
 
-  // Calls `visit(column, place in the window)` for all columns of windows, between `open(number)` and `close(number)`.
-  // Whole windows are unrolled if kWindow is their side, not if it is 0.
+  // Calls `visit(column, place in the window, number of a sum)` for all columns of windows, between `open(number)` and
+  // `close(number)`. Whole windows are unrolled if kWindow is their side, not if it is 0.
   template <int kWindow, typename Open, typename Visit, typename Close>
   inline void each(Open open, Visit visit, Close close) const {
     const auto any = [&](int number) {
       const int first = number * window - pool_padding;
       open(number);
       for (int column = std::max(0, first); column < std::min(columns, first + window); ++column)
-        visit(column, column - first);
+        visit(column, column - first, 0);
       close(number);
     };
     int number = 0;
@@ -306,7 +499,8 @@ struct Windows {
     if (kWindow)
       for (; number < end; ++number) {
         open(number);
-        for (int place = 0; place < kWindow; ++place) visit(number * kWindow - pool_padding + place, place);
+#pragma GCC unroll 16
+        for (int place = 0; place < kWindow; ++place) visit(number * kWindow - pool_padding + place, place, place);
         close(number);
       }
     for (; number < count; ++number) any(number);
@@ -347,13 +541,14 @@ template <typename T, int kWindow, bool kRectify, bool kStatistics>
 void pool_row(const Vector<T>* z, const Windows& windows, const Row& row, const Pooling<T>& pooling,
               Moments<T>* moments) {
   const Vector<T> pilot = kStatistics ? moments->pilot : Vector<T>{}, least = Vector<T>{} + pooling.least;
-  Vector<T> sum = {}, square = {};
-  const auto add = [&](Vector<T> value) MER_JAX_INLINED {
+  constexpr int kSums = kWindow ? kWindow : 1;  // that do not wait for one another
+  Vector<T> sum[kSums] = {}, square[kSums] = {};
+  const auto add = [&](Vector<T> value, int number) MER_JAX_INLINED {
     if (!kStatistics) return;
     if (kRectify) value = value <= least ? least : value;  // not a number stays
     const Vector<T> deviation = value - pilot;
-    sum += deviation;
-    square += deviation * deviation;
+    sum[number] += deviation;
+    square[number] += deviation * deviation;
   };
   int from = 0;
   if (row.pooled) {
@@ -364,20 +559,22 @@ void pool_row(const Vector<T>* z, const Windows& windows, const Row& row, const 
           most = row.first ? none : pooling.best[number];
           where = row.first ? Vector<T>{} : pooling.place[number];
         },
-        [&](int column, int place) MER_JAX_INLINED {
+        [&](int column, int place, int number) MER_JAX_INLINED {
           const Vector<T> value = pooling.sign * z[column];
           const auto wins = kStatistics ? value > most : (value > most) | (value != value);
           most = wins ? value : most;
           where = wins ? Vector<T>{} + T(row.place + place) : where;
-          add(z[column]);
+          add(z[column], number);
         },
         [&](int number) MER_JAX_INLINED { pooling.best[number] = most, pooling.place[number] = where; });
     from = windows.covered();
   }
   if (!kStatistics) return;
-  for (int column = from; column < windows.columns; ++column) add(z[column]);
-  moments->sum += __builtin_convertvector(sum, Wide<T>);
-  moments->square += __builtin_convertvector(square, Wide<T>);
+  for (int column = from; column < windows.columns; ++column) add(z[column], 0);
+#pragma GCC unroll 16
+  for (int number = 1; number < kSums; ++number) sum[0] += sum[number], square[0] += square[number];
+  moments->sum += __builtin_convertvector(sum[0], Wide<T>);
+  moments->square += __builtin_convertvector(square[0], Wide<T>);
 }
 
 template <typename T>
@@ -389,30 +586,45 @@ PoolRow<T> pool_row_for(bool rectify, bool statistics) {
   return rectify ? pool_row<T, kWindow, true, true> : pool_row<T, kWindow, false, true>;
 }
 
-// The gradient of a feature's responses: `factor given` of the winners of a row's windows less `constant + slope
-// response` of all; none where a ReLU is closed, and none of samples beyond the mask.
+// Gradients of a row of windows of a feature: of their winners, and which pixels those are.
 template <typename T>
-struct Gradient {
-  T least, factor, constant, slope;
-  Vector<T> mask;
-  const T* given;
-  const Place* place;
-  int batch, lanes;
+struct Winners {
+  Vector<T>*gradient, *place;
 };
 
-// Turns a row of a feature into its gradient, and returns the row's sum.
+// Takes `factor given` and places at some columns of maps (..., B).
+template <typename T>
+void take_winners(const T* given, const Place* place, T factor, int columns, int batch, int lanes,
+                  const Winners<T>& to) {
+  for (int column = 0; column < columns; ++column, given += batch, place += kLanes<T>) {
+    to.gradient[column] = factor * load(given, lanes);
+    to.place[column] = to_numbers<T>(load_as<Places<T>>(place, kLanes<T>));
+  }
+}
+
+// The gradient of a feature's responses: `winners` less `constant + slope response` of all; none where a ReLU is
+// closed, and none of samples beyond the mask.
+template <typename T>
+struct Gradient {
+  T least, constant, slope;
+  Vector<T> mask;
+  Winners<T> winners;
+};
+
+// Turns a row of a feature into its gradient; returns the sum, where there is a ReLU.
 template <typename T, int kWindow, bool kRectify>
 Vector<T> gradient_row(Vector<T>* z, const Windows& windows, const Row& row, const Gradient<T>& of) {
   const auto counts = of.mask != 0;
   const Vector<T> none = {}, least = counts ? none + of.least : none + std::numeric_limits<T>::infinity();
-  const Vector<T> constant = none + of.constant, slope = none + of.slope;
-  Vector<T> sum = {};
-  const auto turn = [&](int column, Vector<T> sparse) MER_JAX_INLINED {
+  const Vector<T> constant = none + of.constant, slope = none + of.slope, first = none + T(row.place);
+  constexpr int kSums = kWindow ? kWindow : 1;  // that do not wait for one another
+  Vector<T> sum[kSums] = {};
+  const auto turn = [&](int column, Vector<T> sparse, int number) MER_JAX_INLINED {
     const Vector<T> value = z[column];
     Vector<T> gradient = sparse - (constant + slope * value);
     if (kRectify) {
       gradient = value > least ? gradient : none;
-      sum += gradient;
+      sum[number] += gradient;
     } else {
       gradient = counts ? gradient : none;
     }
@@ -423,16 +635,18 @@ Vector<T> gradient_row(Vector<T>* z, const Windows& windows, const Row& row, con
     Vector<T> winner, value;
     windows.each<kWindow>(
         [&](int number) MER_JAX_INLINED {
-          const std::size_t at = static_cast<std::size_t>(number) * of.batch;
-          winner = __builtin_convertvector(load_as<Places<T>>(of.place + at, of.lanes), Vector<T>);
-          value = of.factor * load(of.given + at, of.lanes);
+          winner = of.winners.place[number] - first;
+          value = of.winners.gradient[number];
         },
-        [&](int column, int place) MER_JAX_INLINED { turn(column, winner == T(row.place + place) ? value : none); },
+        [&](int column, int place, int number)
+            MER_JAX_INLINED { turn(column, winner == T(place) ? value : none, number); },
         [](int) {});
     from = windows.covered();
   }
-  for (int column = from; column < windows.columns; ++column) turn(column, none);
-  return sum;
+  for (int column = from; column < windows.columns; ++column) turn(column, none, 0);
+#pragma GCC unroll 16
+  for (int number = 1; number < kSums; ++number) sum[0] += sum[number];
+  return sum[0];
 }
 
 template <typename T>
@@ -452,15 +666,20 @@ void forward(const Shape& shape, const T* x, const T* kernel, const T* bias, con
   const int rows = shape.rows(), columns = shape.columns();
   const int pooled_rows = shape.pooled_rows(), pooled_columns = shape.pooled_columns();
   const std::size_t pooled = static_cast<std::size_t>(shape.features) * pooled_columns;
-  const std::size_t padded_count = shape.channels * shape.padded_plane();
-  Vector<T>*padded, *z, *best, *where;
-  scratch.take<T>({{&padded, padded_count},
-                   {&z, static_cast<std::size_t>(kFeatures) * columns},
+  const std::size_t width = 2 * static_cast<std::size_t>(shape.pairs());
+  Band<T> band(shape.channels, rows, shape.size, shape.padded_width());
+  const std::size_t line_count = Band<T>::line_for(shape.padded_width());
+  Vector<T>*line, *across, *z, *best, *where;
+  scratch.take<T>({{&band.at, band.count()},
+                   {&line, line_count},
+                   {&across, static_cast<std::size_t>(shape.width) * shape.channels + kLanes<T>},
+                   {&z, kFeatures * width},
                    {&best, pooled},
                    {&where, pooled}});
-  clear<T>(padded, padded_count);
-  const auto offsets = tap_offsets(shape.channels, shape.size, shape.padded_plane(), shape.padded_width());
-  const auto weights = packed(kernel, shape.size, shape.channels, shape.features);
+  clear<T>(line, line_count);
+  const Triples triples(shape.channels, shape.size, shape.features);
+  const auto offsets = triples.offsets(band);
+  const auto weights = triples.packed(kernel);
   const Windows windows(shape);
   const PoolRow<T> pool = shape.window == 3   ? pool_row_for<T, 3>(shape.rectify, mean)
                           : shape.window == 2 ? pool_row_for<T, 2>(shape.rectify, mean)
@@ -471,15 +690,19 @@ void forward(const Shape& shape, const T* x, const T* kernel, const T* bias, con
   double count = 0.0;
   for (int start = 0; start < shape.batch; start += kLanes<T>) {
     const int lanes = std::min(kLanes<T>, shape.batch - start);
-    copy_within_zeros(x, shape, start, lanes, mask ? load(mask + start, lanes) : Vector<T>{} + T(1), padded);
+    const Vector<T> counts = mask ? load(mask + start, lanes) : Vector<T>{} + T(1);
     for (int row = 0; row < rows; ++row) {
+      const int of_band = row % band.at_once;
+      if (of_band == 0)
+        take(x, shape, start, lanes, counts, row, std::min(band.at_once, rows - row) + shape.size - 1, line, across,
+             band);
       const int window_row = shape.window_of(row);
       const Row of_row(shape, row);
       for (int f = 0; f < shape.features; ++f) {
-        const Vector<T>* of_feature = z + static_cast<std::size_t>(f % kFeatures) * columns;
         if (f % kFeatures == 0)
-          convolve_row<T>(padded + static_cast<std::size_t>(row) * shape.padded_width(), offsets,
-                          weights.data() + f * offsets.size(), columns, z, columns);
+          convolve_row<T>(band.at + band.offset(0, of_band, 0), band.plane(), triples, offsets,
+                          weights.data() + f / kHalf * triples.weights(), shape.pairs(), z, width);
+        const Vector<T>* of_feature = z + f % kFeatures * width;
         if (row == 0) {
           const Vector<T> pilot = of_feature[columns / 2], least = Vector<T>{} - bias[f];
           moments[f] = {shape.rectify ? (pilot <= least ? least : pilot) : pilot, Wide<T>{}, Wide<T>{}};
@@ -497,7 +720,9 @@ void forward(const Shape& shape, const T* x, const T* kernel, const T* bias, con
           Vector<T> value = sign * best[from];
           if (shape.rectify) value = value <= least ? least : value;
           store(extreme + to * shape.batch + start, value, lanes);
-          if (place) store(place + to * shape.batch + start, __builtin_convertvector(where[from], Places<T>), lanes);
+          if (place)
+            store(place + shape.template place_at<T>(start, window_row, f, column), to_places<T>(where[from]),
+                  kLanes<T>);
         }
       }
     }
@@ -526,89 +751,149 @@ template <typename T>
 void backward(const Shape& shape, const T* x, const T* kernel, const T* bias, const T* mask, const T* given,
               const Place* place, const T* factor, const T* constant, const T* slope, T* x_gradient, T* kernel_gradient,
               T* bias_gradient) {
-  const int rows = shape.rows(), columns = shape.columns(), taps = shape.taps();
+  const int rows = shape.rows(), columns = shape.columns(), pairs = shape.pairs();
   const int pooled_rows = shape.pooled_rows(), pooled_columns = shape.pooled_columns();
   const int features = tiles(shape.features) * kFeatures;
-  // All gradients of the maps are kept, between zeros, for that of x; else those of some rows.
-  const int at_once = std::min(rows, std::max(1, kPixelsAtOnce / columns));
+  const std::size_t width = 2 * static_cast<std::size_t>(pairs);
+  const Triples triples(shape.channels, shape.size, shape.features);
+  const std::size_t of_tile_count = kKinds * triples.count() * kFeatures,
+                    sums_count = of_tile_count * tiles(shape.features);
+  Band<T> band(shape.channels, rows, shape.size, shape.padded_width());
+  // All gradients of the maps are kept, between zeros, for that of x; else those of some rows of a tile.
+  const int at_once = std::min({rows, band.at_once, std::max(1, kPairsAtOnce / pairs)});
   const int around = x_gradient ? shape.size - 1 - shape.padding : 0;
-  const int z_width = columns + 2 * around, z_rows = x_gradient ? rows + 2 * around : at_once;
+  const int z_rows = x_gradient ? rows + 2 * around : at_once;
+  const int z_pixels = static_cast<int>(width) + 2 * around, z_width = Band<T>::line_for(z_pixels);
   const std::size_t z_plane = static_cast<std::size_t>(z_rows) * z_width;
-  const std::size_t padded_count = shape.channels * shape.padded_plane();
-  Vector<T>*padded, *z, *sums, *bias_sums, *back;
-  scratch.take<T>({{&padded, padded_count},
-                   {&z, features * z_plane},
-                   {&sums, static_cast<std::size_t>(taps) * features},
+  const std::size_t z_count = (x_gradient ? features : kFeatures) * z_plane;
+  const int back_pairs = (shape.width + 1) / 2;
+  Band<T> back_band(shape.features, shape.height, shape.size, z_pixels);
+  const std::size_t line_count = Band<T>::line_for(shape.padded_width());
+  Vector<T>*line, *across, *z, *sums, *bias_sums, *best, *where, *back;
+  scratch.take<T>({{&band.at, band.count()},
+                   {&line, line_count},
+                   {&across, static_cast<std::size_t>(shape.width) * shape.channels + kLanes<T>},
+                   {&z, z_count},
+                   {&sums, sums_count},
                    {&bias_sums, static_cast<std::size_t>(features)},
-                   {&back, static_cast<std::size_t>(kFeatures) * shape.width}});
-  clear<T>(padded, padded_count);
-  clear<T>(z, features * z_plane);
-  const auto offsets = tap_offsets(shape.channels, shape.size, shape.padded_plane(), shape.padded_width());
-  const auto weights = packed(kernel, shape.size, shape.channels, shape.features);
+                   {&best, static_cast<std::size_t>(features) * pooled_columns},
+                   {&where, static_cast<std::size_t>(features) * pooled_columns},
+                   {&back_band.at, x_gradient ? back_band.count() : 0},
+                   {&back, 2 * static_cast<std::size_t>(kFeatures) * back_pairs}});
+  clear<T>(line, line_count);
+  clear<T>(z, z_count);
+  const auto offsets = triples.offsets(band);
+  const auto weights = triples.packed(kernel);
+  const Triples back_triples(shape.features, shape.size, shape.channels);
   std::vector<std::ptrdiff_t> back_offsets;
   std::vector<T> back_weights;
   if (x_gradient) {
-    const auto of_back = turned(kernel, shape.size, shape.channels, shape.features);
-    back_offsets = tap_offsets(shape.features, shape.size, z_plane, z_width);
-    back_weights = packed(of_back.data(), shape.size, shape.features, shape.channels);
+    back_offsets = back_triples.offsets(back_band);
+    back_weights = back_triples.packed(turned(kernel, shape.size, shape.channels, shape.features).data());
   }
   const Windows windows(shape);
   const GradientRow<T> to_gradient = shape.window == 3   ? gradient_row_for<T, 3>(shape.rectify)
                                      : shape.window == 2 ? gradient_row_for<T, 2>(shape.rectify)
                                                          : gradient_row_for<T, 0>(shape.rectify);
-  std::vector<double> totals(static_cast<std::size_t>(taps) * features, 0.0), bias_totals(shape.features, 0.0);
+  std::vector<double> totals(sums_count, 0.0), bias_totals(shape.features, 0.0);
   for (int start = 0; start < shape.batch; start += kLanes<T>) {
     const int lanes = std::min(kLanes<T>, shape.batch - start);
     const Vector<T> valid = load(mask + start, lanes);
-    copy_within_zeros(x, shape, start, lanes, valid, padded);
-    clear<T>(sums, static_cast<std::size_t>(taps) * features);
+    clear<T>(sums, sums_count);
     clear<T>(bias_sums, features);
-    for (int first = 0; first < rows; first += at_once) {
-      const int last = std::min(rows, first + at_once);
+    for (int first = 0, last; first < rows; first = last) {
+      const int of_band = first % band.at_once, band_begin = first - of_band;
+      last = std::min({rows, first + at_once, band_begin + band.at_once});
+      if (of_band == 0)
+        take(x, shape, start, lanes, valid, first, std::min(band.at_once, rows - first) + shape.size - 1, line, across,
+             band);
       for (int begin = 0; begin < shape.features; begin += kFeatures) {
-        Vector<T>* of_tile = z + begin * z_plane;
-        if (x_gradient) of_tile += static_cast<std::size_t>(first + around) * z_width + around;
+        Vector<T>* of_tile = z;
+        if (x_gradient) of_tile += begin * z_plane + static_cast<std::size_t>(first + around) * z_width + around;
         for (int row = first; row < last; ++row) {
-          Vector<T>* of_row = of_tile + static_cast<std::size_t>(row - first) * z_width;
-          convolve_row<T>(padded + static_cast<std::size_t>(row) * shape.padded_width(), offsets,
-                          weights.data() + static_cast<std::size_t>(begin) * taps, columns, of_row, z_plane);
-          for (int f = begin; f < std::min(shape.features, begin + kFeatures); ++f) {
-            const std::size_t at =
-                (static_cast<std::size_t>(f) * pooled_rows + shape.window_of(row)) * pooled_columns * shape.batch +
-                start;
-            bias_sums[f] += to_gradient(
-                of_row + (f - begin) * z_plane, windows, Row(shape, row),
-                {-bias[f], factor[f], constant[f], slope[f], valid, given + at, place + at, shape.batch, lanes});
+          Vector<T>* of_rows = of_tile + static_cast<std::size_t>(row - first) * z_width;
+          convolve_row<T>(band.at + band.offset(0, of_band + row - first, 0), band.plane(), triples, offsets,
+                          weights.data() + begin / kHalf * triples.weights(), pairs, of_rows, z_plane);
+          for (int f = 0; f < std::min(shape.features - begin, kFeatures); ++f) {
+            const Row of_map(shape, row);
+            const std::size_t window = static_cast<std::size_t>(begin + f) * pooled_columns;
+            const Winners<T> winners = {best + window, where + window};
+            if (of_map.pooled && of_map.first) {
+              const std::size_t at =
+                  (window * pooled_rows + shape.window_of(row) * pooled_columns) * shape.batch + start;
+              take_winners(given + at, place + shape.template place_at<T>(start, shape.window_of(row), begin + f, 0),
+                           factor[begin + f], pooled_columns, shape.batch, lanes, winners);
+            }
+            Vector<T>* of_row = of_rows + f * z_plane;
+            bias_sums[begin + f] += to_gradient(
+                of_row, windows, of_map, {-bias[begin + f], constant[begin + f], slope[begin + f], valid, winners});
+            if (columns % 2) of_row[columns] = Vector<T>{};
           }
         }
-        correlate<T>(padded + static_cast<std::size_t>(first) * shape.padded_width(), offsets, shape.padded_width(),
-                     {of_tile, z_plane, z_width, last - first, columns}, sums + static_cast<std::size_t>(begin) * taps);
+        correlate<T>(band.at + band.offset(0, of_band, 0), band.plane(), triples, offsets, band.width(),
+                     {of_tile, z_plane, static_cast<std::size_t>(z_width), last - first, pairs},
+                     sums + begin / kFeatures * of_tile_count);
       }
     }
     for (std::size_t at = 0; at < totals.size(); ++at)
       for (int lane = 0; lane < kLanes<T>; ++lane) totals[at] += sums[at][lane];
     for (int f = 0; f < shape.features; ++f)
       for (int lane = 0; lane < kLanes<T>; ++lane) bias_totals[f] += bias_sums[f][lane];
-    for (int row = 0; x_gradient && row < shape.height; ++row)
+    for (int row = 0; x_gradient && row < shape.height; ++row) {
+      const int of_band = row % back_band.at_once;
+      for (int f = 0; of_band == 0 && f < shape.features; ++f)
+        for (int n = 0; n < std::min(back_band.at_once, shape.height - row) + shape.size - 1; ++n)
+          back_band.take(z + f * z_plane + static_cast<std::size_t>(row + n) * z_width, f, n);
       for (int c = 0; c < shape.channels; ++c) {
         if (c % kFeatures == 0)
-          convolve_row<T>(z + static_cast<std::size_t>(row) * z_width, back_offsets,
-                          back_weights.data() + c * back_offsets.size(), shape.width, back, shape.width);
+          convolve_row<T>(back_band.at + back_band.offset(0, of_band, 0), back_band.plane(), back_triples, back_offsets,
+                          back_weights.data() + c / kHalf * back_triples.weights(), back_pairs, back, 2 * back_pairs);
         T* to = x_gradient + (static_cast<std::size_t>(c) * shape.height + row) * shape.width * shape.batch + start;
         for (int column = 0; column < shape.width; ++column)
-          store(to + static_cast<std::size_t>(column) * shape.batch, back[c % kFeatures * shape.width + column], lanes);
+          store(to + static_cast<std::size_t>(column) * shape.batch, back[c % kFeatures * 2 * back_pairs + column],
+                lanes);
       }
+    }
   }
   for (int f = 0; f < shape.features; ++f) {
     bias_gradient[f] = shape.rectify ? static_cast<T>(bias_totals[f]) : T(0);
-    for (int c = 0; c < shape.channels; ++c)
-      for (int i = 0; i < shape.size; ++i)
-        for (int j = 0; j < shape.size; ++j) {
-          const std::size_t tap = (static_cast<std::size_t>(c) * shape.size + i) * shape.size + j;
-          kernel_gradient[((static_cast<std::size_t>(i) * shape.size + j) * shape.channels + c) * shape.features + f] =
-              static_cast<T>(
-                  totals[(f / kFeatures * static_cast<std::size_t>(taps) + tap) * kFeatures + f % kFeatures]);
-        }
+    for (std::size_t n = 0; n < triples.count(); ++n) {
+      const auto total = [&](int kind) {
+        return totals[f / kFeatures * of_tile_count + (kind * triples.count() + n) * kFeatures + f % kFeatures];
+      };
+      const double half = (total(1) + total(2)) / 2;
+      const double taps[] = {total(0) + half, (total(1) - total(2)) / 2, half - total(3)};
+      const auto [c, i, j] = triples.of[n];
+      for (int tap = 0; tap < std::min(3, shape.size - j); ++tap)
+        kernel_gradient[((static_cast<std::size_t>(i) * shape.size + j + tap) * shape.channels + c) * shape.features +
+                        f] = static_cast<T>(taps[tap]);
+    }
+  }
+}
+
+// Sums of `gradient (extreme - mean)` and of `gradient`, both (F, pixels, B), over pixels and the samples of the mask.
+template <typename T>
+void sums(int features, int pixels, int batch, const T* gradient, const T* extreme, const T* mean, const T* mask,
+          T* products, T* totals) {
+  for (int f = 0; f < features; ++f) {
+    Wide<T> product = {}, total = {};
+    for (int pixel = 0; pixel < pixels; ++pixel) {
+      Vector<T> of_product = {}, of_total = {};
+      for (int start = 0; start < batch; start += kLanes<T>) {
+        const int lanes = std::min(kLanes<T>, batch - start);
+        const Vector<T> counted = load(mask + start, lanes) * load(gradient + start, lanes);
+        of_product += counted * (load(extreme + start, lanes) - mean[f]);
+        of_total += counted;
+      }
+      gradient += batch;
+      extreme += batch;
+      product += __builtin_convertvector(of_product, Wide<T>);
+      total += __builtin_convertvector(of_total, Wide<T>);
+    }
+    double both[2] = {};
+    for (int lane = 0; lane < kLanes<T>; ++lane) both[0] += product[lane], both[1] += total[lane];
+    products[f] = static_cast<T>(both[0]);
+    totals[f] = static_cast<T>(both[1]);
   }
 }
 
@@ -657,19 +942,20 @@ struct Backward {
 
 template <typename Work>
 ffi::Error handle(ffi::RemainingArgs given, ffi::RemainingRets results, int64_t padding, int64_t window,
-                  int64_t pool_padding, bool rectify) {
+                  int64_t pool_padding, bool rectify, bool batch_first) {
   const auto x = given.get<ffi::AnyBuffer>(0), kernel = given.get<ffi::AnyBuffer>(1);
   const auto side = [](const auto& array, int axis) { return static_cast<int>(array->dimensions()[axis]); };
-  const Shape shape = {side(x, 0),
+  const Shape shape = {side(x, batch_first ? 3 : 0),
                        side(x, 1),
                        side(x, 2),
-                       side(x, 3),
+                       side(x, batch_first ? 0 : 3),
                        side(kernel, 0),
                        side(kernel, 3),
                        static_cast<int>(padding),
                        static_cast<int>(window),
                        static_cast<int>(pool_padding),
-                       rectify};
+                       rectify,
+                       batch_first};
   try {
     if (x->element_type() == ffi::F64)
       Work::template run<double>(shape, {given, results});
@@ -678,6 +964,22 @@ ffi::Error handle(ffi::RemainingArgs given, ffi::RemainingRets results, int64_t 
   } catch (const std::bad_alloc&) {
     return ffi::Error(ffi::ErrorCode::kResourceExhausted, "out of memory in a convolution");
   }
+  return ffi::Error::Success();
+}
+
+// Gradient and values of the extremes, mean and mask to the sums for the gradient of a normalisation.
+ffi::Error handle_sums(ffi::RemainingArgs given, ffi::RemainingRets results) {
+  const auto gradient = given.get<ffi::AnyBuffer>(0);
+  const auto run = [&](auto zero) {
+    using T = decltype(zero);
+    const Arrays<T> of{given, results};
+    const auto side = [&](int axis) { return static_cast<int>(gradient->dimensions()[axis]); };
+    sums<T>(side(0), side(1) * side(2), side(3), of.in(0), of.in(1), of.in(2), of.in(3), of.out(0), of.out(1));
+  };
+  if (gradient->element_type() == ffi::F64)
+    run(double());
+  else
+    run(float());
   return ffi::Error::Success();
 }
 
@@ -691,8 +993,10 @@ ffi::Error handle(ffi::RemainingArgs given, ffi::RemainingRets results, int64_t 
                                     .Attr<int64_t>("padding")      \
                                     .Attr<int64_t>("window")       \
                                     .Attr<int64_t>("pool_padding") \
-                                    .Attr<bool>("rectify"))
+                                    .Attr<bool>("rectify")         \
+                                    .Attr<bool>("batch_first"))
 
 MER_JAX_HANDLER(mer_jax_extremes, Extremes);
 MER_JAX_HANDLER(mer_jax_forward, Forward);
 MER_JAX_HANDLER(mer_jax_backward, Backward);
+XLA_FFI_DEFINE_HANDLER_SYMBOL(mer_jax_sums, handle_sums, ffi::Ffi::Bind().RemainingArgs().RemainingRets());

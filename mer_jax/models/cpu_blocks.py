@@ -29,8 +29,9 @@ from mer_jax.models.convolution import Block, Implementation
 _SOURCE = Path(__file__).with_suffix(".cc")
 _COMPILERS = ("c++", "g++", "clang++")
 _FLAGS = ("-std=c++17", "-O3", "-fno-fast-math", "-fPIC", "-shared")
-_TARGETS = ("mer_jax_extremes", "mer_jax_forward", "mer_jax_backward")
+_TARGETS = ("mer_jax_extremes", "mer_jax_forward", "mer_jax_backward", "mer_jax_sums")
 _PLACES = np.uint16
+_VECTOR_BYTES = 64  # the widest there are
 
 _LOCK = threading.Lock()
 
@@ -135,6 +136,7 @@ def _call(target: str, block: Block, results: list[jax.ShapeDtypeStruct], *array
         window=np.int64(block.window),
         pool_padding=np.int64(block.pool_padding),
         rectify=block.rectify,
+        batch_first=block.batch_first,
     )
 
 
@@ -147,7 +149,14 @@ def _promoted(*arrays: jax.Array) -> list[jax.Array]:
 
 
 def _pooled(block: Block, x: jax.Array, kernel: jax.Array, dtype) -> jax.ShapeDtypeStruct:
-    return jax.ShapeDtypeStruct((kernel.shape[-1], *block.pooled_sides(x, kernel), x.shape[-1]), dtype)
+    return jax.ShapeDtypeStruct((kernel.shape[-1], *block.pooled_sides(x, kernel), block.samples(x)), dtype)
+
+
+def _places(pooled: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+    """In an order of the C++'s own, and of full vectors."""
+    *maps, batch = pooled.shape
+    lanes = _VECTOR_BYTES // pooled.dtype.itemsize
+    return jax.ShapeDtypeStruct((-(-batch // lanes) * lanes, *maps), _PLACES)
 
 
 def _spoilt(block: Block, kernel: jax.Array, bias: jax.Array) -> jax.Array:
@@ -164,12 +173,16 @@ def _extremes(block, x, kernel, bias, scale):
 def _forward(block, x, kernel, bias, scale, sample_mask):
     given = _promoted(x, _spoilt(block, kernel, bias), bias, scale, sample_mask)
     moment = jax.ShapeDtypeStruct(bias.shape, given[0].dtype)
-    results = [_pooled(block, x, kernel, dtype) for dtype in (given[0].dtype, _PLACES)]
-    return *_call("mer_jax_forward", block, [*results, moment, moment], *given), None
+    pooled = _pooled(block, x, kernel, given[0].dtype)
+    return *_call("mer_jax_forward", block, [pooled, _places(pooled), moment, moment], *given), None
 
 
 def _backward(block, x, kernel, bias, sample_mask, gradient, place, factor, constant, slope, kept, to_x):
-    del kept  # the maps are made again
+    if to_x and block.batch_first:
+        turned, block = x.transpose(3, 1, 2, 0), block._replace(batch_first=False)  # to (C, H, W, B)
+        others = kernel, bias, sample_mask, gradient, place, factor, constant, slope, kept, to_x
+        of_kernel, of_bias, of_x = _backward(block, turned, *others)
+        return of_kernel, of_bias, of_x.transpose(3, 1, 2, 0)
     *given, factor, constant, slope = _promoted(x, kernel, bias, sample_mask, gradient, factor, constant, slope)
     wanted = (kernel, bias, x) if to_x else (kernel, bias)
     results = [jax.ShapeDtypeStruct(each.shape, given[0].dtype) for each in wanted]
@@ -178,4 +191,10 @@ def _backward(block, x, kernel, bias, sample_mask, gradient, place, factor, cons
     return of_kernel, of_bias, of_x[0] if to_x else None
 
 
-IMPLEMENTATION = Implementation(_extremes, _forward, _backward)
+def _sums(gradient, extreme, mean, sample_mask):
+    given = _promoted(gradient, extreme, mean, sample_mask)
+    result = jax.ShapeDtypeStruct(mean.shape, given[0].dtype)
+    return jax.ffi.ffi_call("mer_jax_sums", [result, result], vmap_method="sequential")(*given)
+
+
+IMPLEMENTATION = Implementation(_extremes, _forward, _backward, _sums, batch_first=True)

@@ -51,13 +51,12 @@ class STSTNet(nn.Module):
             Logits ``(B, C)``.
         """
         mask = jnp.ones(flow.shape[0], bool) if sample_mask is None else sample_mask
-        x = flow.transpose(3, 1, 2, 0)  # (B, H, W, channels) -> (channels, H, W, B)
-        convs = [ConvParams(f, 3, name=f"conv{n}")(x.shape[0]) for n, f in enumerate(STREAM_FEATURES, start=1)]
+        convs = [ConvParams(f, 3, name=f"conv{n}")(flow.shape[-1]) for n, f in enumerate(STREAM_FEATURES, start=1)]
         norms = [BatchNorm(name=f"bn{number}")(features) for number, features in enumerate(STREAM_FEATURES, start=1)]
         x = convolution_block(
             self.implementation,
-            Block(padding=2, window=3, pool_padding=1, rectify=True),
-            x,
+            Block(padding=2, window=3, pool_padding=1, rectify=True, batch_first=True),
+            flow,
             jnp.concatenate([kernel for kernel, _ in convs], axis=-1),  # (3, 3, channels, 16)
             jnp.concatenate([bias for _, bias in convs]),
             norms,
@@ -66,7 +65,29 @@ class STSTNet(nn.Module):
         )  # (16, H', W', B)
         scale = dropout_scale(self, x.shape, dropout, train, sample_axis=3)
         x = x if scale is None else x * scale
-        height, width = x.shape[1] // 2, x.shape[2] // 2
-        x = x[:, : 2 * height, : 2 * width].reshape(-1, height, 2, width, 2, x.shape[-1]).mean(axis=(2, 4))
+        x = average_pool(x[:, : x.shape[1] // 2 * 2, : x.shape[2] // 2 * 2])
         x = x.reshape(-1, x.shape[-1]).T  # (16, H'', W'', B) -> (B, 16 H'' W''), as PyTorch flattens
         return Dense(self.num_classes, name="fc")(x)
+
+
+@jax.custom_vjp
+def average_pool(maps: jax.Array) -> jax.Array:
+    """Means of windows of 2 x 2 pixels.
+
+    Args:
+        maps: ``(F, 2 H, 2 W, B)``.
+
+    Returns:
+        ``(F, H, W, B)``.
+    """
+    return 0.25 * sum(maps[:, row::2, column::2] for row in range(2) for column in range(2))
+
+
+def _average_pool_backward(_, gradient):
+    # Broadcast, which takes less than the sum of four padded arrays that differentiating slices would make.
+    features, height, width, batch = gradient.shape
+    spread = jnp.broadcast_to(0.25 * gradient[:, :, None, :, None], (features, height, 2, width, 2, batch))
+    return (spread.reshape(features, 2 * height, 2 * width, batch),)
+
+
+average_pool.defvjp(lambda maps: (average_pool(maps), ()), _average_pool_backward)

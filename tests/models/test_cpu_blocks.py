@@ -16,9 +16,9 @@ from mer_jax.models.registry import build_learner
 from mer_jax.models.ststnet import STSTNet
 
 
-def arguments(rng, batch):
-    """x, kernel, bias, scale and shift: two channels of 9 x 10 pixels, a 3 x 3 kernel and three features."""
-    shapes = (2, 9, 10, batch), (3, 3, 2, 3), (3,), (3,), (3,)
+def arguments(rng, batch, sides=(9, 10), size=3, channels=2):
+    """x, kernel, bias, scale and shift, of three features."""
+    shapes = (channels, *sides, batch), (size, size, channels, 3), (3,), (3,), (3,)
     return [jnp.asarray(rng.normal(size=shape), jnp.float32) for shape in shapes]
 
 
@@ -75,6 +75,59 @@ def test_threads_and_other_shapes_change_no_bit(rng):
     with ThreadPoolExecutor(4) as pool:
         for place, got in enumerate(pool.map(lambda n: run(*given[n % 3]), range(60))):
             jax.tree.map(np.testing.assert_array_equal, got, want[place % 3])
+
+
+@compiled
+@pytest.mark.parametrize("size", [1, 2, 3, 4, 5, 6, 7, 8])
+@pytest.mark.parametrize("sides", [(15, 22), (43, 40)])
+def test_kernels_of_all_sides_on_maps_that_do_and_do_not_fit_the_cache(size, sides, textbook, rng):
+    x, kernel, *others = arguments(rng, 17, sides, size, channels=6)
+    block = Block(min(2, size - 1), 3, 1, True)
+
+    def run(implementation):
+        def loss(*given):
+            y = train_block(implementation, block, *given, jnp.ones(17))[0]
+            return jnp.mean(y**3), y
+
+        return jax.jit(jax.value_and_grad(loss, argnums=range(5), has_aux=True))(x, kernel, *others)
+
+    def close(ours, theirs):
+        np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-5 * max(1, np.abs(theirs).max()))
+
+    jax.tree.map(close, run(cpu_blocks.IMPLEMENTATION), run(textbook))
+
+
+@compiled
+@pytest.mark.parametrize(("batch", "sides", "channels"), [(37, (9, 10), 2), (16, (28, 28), 3), (3, (5, 3), 1)])
+def test_data_as_they_lie_change_no_bit(batch, sides, channels, rng):
+    x, *others = arguments(rng, batch, sides, channels=channels)
+    mask = jnp.asarray(np.arange(batch) % 5 != 2, jnp.float32)
+
+    def run(x, batch_first):
+        block = Block(1, 2, 0, True, batch_first=batch_first)
+
+        def loss(*given):
+            outputs = train_block(cpu_blocks.IMPLEMENTATION, block, *given, mask)
+            return jnp.sum(outputs[0] * jnp.sin(jnp.arange(batch)).reshape(1, 1, 1, -1)), outputs
+
+        of_x, *of_others = jax.jit(jax.grad(loss, argnums=range(5), has_aux=True))(x, *others)[0]
+        of_data, outputs = jax.jit(jax.grad(lambda *others: loss(x, *others), argnums=range(4), has_aux=True))(*others)
+        extreme = cpu_blocks.IMPLEMENTATION.extremes(block, x, *others[:3])
+        return of_x.transpose(3, 1, 2, 0) if batch_first else of_x, of_others, of_data, outputs, extreme
+
+    jax.tree.map(np.testing.assert_array_equal, run(x.transpose(3, 1, 2, 0), True), run(x, False))
+
+
+@compiled
+@pytest.mark.parametrize("batch", [1, 16, 37])
+def test_sums_are_those_of_double_precision(batch, rng):
+    gradient, extreme = rng.normal(size=(2, 5, 4, 3, batch)).astype(np.float32) + np.float32(1e2)
+    mean, mask = extreme.mean(axis=(1, 2, 3)), (np.arange(batch) % 4 != 1).astype(np.float32)
+    got = cpu_blocks.IMPLEMENTATION.sums(*map(jnp.asarray, (gradient, extreme, mean, mask)))
+    counted = gradient.astype(np.float64) * mask
+    want = (counted * (extreme.astype(np.float64) - mean[:, None, None, None])).sum((1, 2, 3)), counted.sum((1, 2, 3))
+    for ours, theirs in zip(got, want, strict=True):
+        np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-3)
 
 
 @compiled

@@ -12,7 +12,7 @@ from mer_jax.errors import UserError
 from mer_jax.models import cpu_blocks, pieces, tiles
 from mer_jax.models.micro_attnet import MicroAttNet
 from mer_jax.models.registry import build_learner
-from mer_jax.models.ststnet import STSTNet
+from mer_jax.models.ststnet import STSTNet, average_pool
 
 
 @pytest.fixture(autouse=True)
@@ -34,6 +34,17 @@ def copy_dense(dense, params):
 def copy_norm(norm, params):
     norm.weight.data = torch.tensor(np.array(params["scale"]))
     norm.bias.data = torch.tensor(np.array(params["bias"]))
+
+
+def test_average_pooling_is_pytorchs(rng):
+    maps, weights = rng.normal(size=(3, 6, 8, 5)).astype(np.float32), rng.normal(size=(3, 3, 4, 5)).astype(np.float32)
+    theirs = torch.tensor(maps.transpose(3, 0, 1, 2), requires_grad=True)
+    want = nn.functional.avg_pool2d(theirs, 2)
+    torch.sum(want * torch.tensor(weights.transpose(3, 0, 1, 2))).backward()
+    got, of_maps = jax.value_and_grad(lambda maps: jnp.sum(average_pool(maps) * weights))(jnp.asarray(maps))
+    np.testing.assert_allclose(average_pool(jnp.asarray(maps)).transpose(3, 0, 1, 2), want.detach(), atol=1e-6)
+    np.testing.assert_allclose(got, np.sum(want.detach().numpy().transpose(1, 2, 3, 0) * weights), rtol=1e-5)
+    np.testing.assert_allclose(of_maps.transpose(3, 0, 1, 2), theirs.grad, atol=1e-6)
 
 
 class TorchSTSTNet(nn.Module):
