@@ -124,19 +124,25 @@ class MicroAttNet(nn.Module):
         """
         mask = jnp.ones(flow.shape[0], bool) if sample_mask is None else sample_mask
         num_streams = flow.shape[-1]
-        x = flow.transpose(3, 1, 2, 0)  # (B, H, W, S) -> (S, H, W, B)
-        streams = [x[number : number + 1] for number in range(num_streams)]
+        streams = [flow[..., number : number + 1] for number in range(num_streams)]  # (B, H, W, 1)
         weights = {}
         for block in range(2):
             for number in range(num_streams):
                 size = self.kernels[block]
                 conv = ConvParams(self.features[block], size, name=f"conv{block + 1}_{number}")
+                channels = streams[number].shape[0] if block else 1
                 norm = BatchNorm(name=f"bn{block + 1}_{number}")(self.features[block])
                 maps = convolution_block(
                     self.implementation,
-                    Block(padding=size // 2, window=self.pools[block], pool_padding=0, rectify=False),
+                    Block(
+                        padding=size // 2,
+                        window=self.pools[block],
+                        pool_padding=0,
+                        rectify=False,
+                        batch_first=not block,
+                    ),
                     streams[number],
-                    *conv(streams[number].shape[0]),
+                    *conv(channels),
                     [norm],
                     mask,
                     train=train,
