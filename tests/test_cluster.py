@@ -103,6 +103,9 @@ def test_many_tasks_that_kill_have_a_reason_in_common(cluster):
 
 
 def test_a_killed_worker_loses_nothing(cluster, two_workers, capfd):
+    # Long enough that it looks again who is there: what came and went between two looks is not missed by anybody.
+    work(cluster, time.sleep, [1.5])
+    capfd.readouterr()
     pids = two_workers.pids()
     killer = threading.Timer(0.3, os.kill, (pids[0], signal.SIGKILL))
     killer.start()
