@@ -77,7 +77,7 @@ def _channels(values: jax.Array) -> jax.Array:
     return values[:, None, None, None]  # (F,) -> (F, 1, 1, 1)
 
 
-def over_samples(maps: jax.Array, sample_mask: jax.Array) -> jax.Array:
+def _over_samples(maps: jax.Array, sample_mask: jax.Array) -> jax.Array:
     """Sums over pixels and the samples of a mask, ``(F, H', W', B)`` to ``(F,)``; never of rounded factors.
 
     The sum over samples is a product: a reduction over all three axes at once is a scalar loop on a CPU.
@@ -85,12 +85,12 @@ def over_samples(maps: jax.Array, sample_mask: jax.Array) -> jax.Array:
     return jnp.matmul(jnp.sum(maps, axis=(1, 2)), sample_mask, precision="highest")  # (F, B) (B,) -> (F,)
 
 
-def sums(
+def _sums(
     gradient: jax.Array, extreme: jax.Array, mean: jax.Array, sample_mask: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
     """The ``sums`` of implementations that have none of their own."""
     products = gradient * (extreme - _channels(mean))
-    return over_samples(products, sample_mask), over_samples(gradient, sample_mask)
+    return _over_samples(products, sample_mask), _over_samples(gradient, sample_mask)
 
 
 class Implementation(NamedTuple):
@@ -117,7 +117,7 @@ class Implementation(NamedTuple):
     extremes: Callable
     forward: Callable
     backward: Callable
-    sums: Callable = sums
+    sums: Callable = _sums
     batch_first: bool = False
 
 
@@ -155,7 +155,7 @@ def _extremes_backward(implementation, block, saved, gradient):
         block, x, kernel, bias, mask, gradient, place, one, none, none, kept, to_x is not None
     )
     # Where a ReLU is closed, the response -bias remains.
-    return of_x, of_kernel, total - over_samples(gradient, mask) if block.rectify else none, None
+    return of_x, of_kernel, total - _over_samples(gradient, mask) if block.rectify else none, None
 
 
 extremes.defvjp(_extremes_forward, _extremes_backward, symbolic_zeros=True)
