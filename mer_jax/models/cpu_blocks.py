@@ -7,125 +7,24 @@ variable ``CXX`` names, or the first of c++, g++ and clang++ there is, and kept 
 ``~/.cache/mer_jax``). ``CXX=`` (empty) goes without.
 """
 
-import ctypes
-import functools
-import hashlib
-import importlib.metadata
-import os
-import shlex
-import shutil
-import subprocess
-import sys
-import tempfile
-import threading
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from mer_jax import compiled
 from mer_jax.models.convolution import Block, Implementation
 
 _SOURCE = Path(__file__).with_suffix(".cc")
-_COMPILERS = ("c++", "g++", "clang++")
-_FLAGS = ("-std=c++17", "-O3", "-fno-fast-math", "-fPIC", "-shared")
 _TARGETS = ("mer_jax_extremes", "mer_jax_forward", "mer_jax_backward", "mer_jax_sums")
 _PLACES = np.uint16
 _VECTOR_BYTES = 64  # the widest there are
 
-_LOCK = threading.Lock()
-
-
-def available() -> bool:
-    """Whether this machine can do it."""
-    return bool(version())
-
 
 def version() -> str:
-    """What was compiled, told apart by source, compiler and processor: on these last bits depend. Empty for nothing.
-
-    The first call on a machine compiles, and one that cannot says so on stderr.
-    """
-    with _LOCK:  # threads that come first would compile each
-        return _load()
-
-
-@functools.cache
-def _load() -> str:
-    try:
-        compiler = _compiler()
-        if not compiler:
-            return ""
-        flags, processor = _for_this_processor(compiler)
-        name = f"cpu_blocks-{hashlib.sha256(_SOURCE.read_bytes() + processor.encode()).hexdigest()[:16]}"
-        library = _library(f"{name}-{importlib.metadata.version('jaxlib')}.so", [*compiler, *flags])
-        handlers = {target: jax.ffi.pycapsule(getattr(library, target)) for target in _TARGETS}
-    except (OSError, ValueError, AttributeError, subprocess.CalledProcessError) as error:
-        lines = (getattr(error, "stderr", None) or str(error)).strip().splitlines()
-        reason = next((line for line in lines if "error" in line), lines[0] if lines else type(error).__name__)
-        print(
-            f"CXX={os.environ.get('CXX', shlex.join(_found()))!r}: {_SOURCE.name} cannot be compiled ({reason}), so "
-            "that networks on flow train several times as slowly; set CXX to a C++17 compiler, or CXX= to go without",
-            file=sys.stderr,
-        )
-        return ""
-    for target, handler in handlers.items():
-        jax.ffi.register_ffi_target(target, handler, platform="cpu")
-    return name
-
-
-def _found() -> list[str]:
-    return [path] if (path := next(filter(None, map(shutil.which, _COMPILERS)), None)) else []
-
-
-def _compiler() -> list[str]:
-    """The command of a C++ compiler, empty for none."""
-    return shlex.split(os.environ["CXX"]) if "CXX" in os.environ else _found()
-
-
-def _for_this_processor(compiler: list[str]) -> tuple[list[str], str]:
-    """Flags, and what the compiler takes itself and this processor for."""
-
-    def told(native):
-        flags = [*_FLAGS, native]
-        return flags, _run([*compiler, *flags, "-dM", "-E", "-x", "c++", os.devnull])
-
-    try:
-        return told("-march=native")
-    except subprocess.CalledProcessError:
-        return told("-mcpu=native")  # as some compilers for ARM have it
-
-
-def _library(name: str, command: list[str]) -> ctypes.CDLL:
-    """The compiled library, kept in the user's folder for what can be made again, if there is one."""
-    try:
-        folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "mer_jax")
-        folder.mkdir(parents=True, exist_ok=True)
-        if (folder / name).is_file():
-            try:
-                return ctypes.CDLL(str(folder / name))
-            except OSError:  # empty, or made where there are other libraries
-                (folder / name).unlink()
-        with tempfile.TemporaryDirectory(dir=folder) as scratch:
-            made = _compile(command, Path(scratch, name))
-            with made.open("rb") as stream:
-                os.fsync(stream.fileno())  # a library that a lost machine cut short would end processes
-            made.replace(folder / name)  # whole or not at all, whoever else compiles it at this moment
-        return ctypes.CDLL(str(folder / name))
-    except (OSError, RuntimeError):  # no home, or one that takes no files or runs none
-        with tempfile.TemporaryDirectory() as scratch:
-            return ctypes.CDLL(str(_compile(command, Path(scratch, name))))
-
-
-def _compile(command: list[str], path: Path) -> Path:
-    _run([*command, "-isystem", jax.ffi.include_dir(), str(_SOURCE), "-o", str(path)])
-    return path
-
-
-def _run(command: list[str]) -> str:
-    return subprocess.run(
-        command, check=True, capture_output=True, text=True, errors="replace", stdin=subprocess.DEVNULL
-    ).stdout
+    """What was compiled, as :func:`mer_jax.compiled.version` has it; empty where this machine cannot."""
+    return compiled.version(_SOURCE, _TARGETS)
 
 
 def _call(target: str, block: Block, results: list[jax.ShapeDtypeStruct], *arrays: jax.Array):

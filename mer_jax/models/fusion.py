@@ -1,14 +1,15 @@
 """The hybrid fusion of appearance and geometry (hybrid fusion paper, section 3.1.3) and its ablations (tables 2, 3)."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
 from mer_jax.models.layers import dropout_scale
-from mer_jax.models.mqa import MultiQueryPooling
+from mer_jax.models.mqa import MultiQueryPooling, pool_frames
 from mer_jax.models.products import project_general
+from mer_jax.models.stored import Stored, fetched
 
 FUSIONS = ("gate", "mean", "concat")
 DROPOUT_KINDS = ("clip", "frame")
@@ -72,6 +73,7 @@ class FusionClassifier(nn.Module):
             released inference keeps 1664).
         feature_dropout_kind: ``'clip'`` draws one mask per feature and clip, ``'frame'`` one per feature and frame.
             The paper says feature-level dropout and not which.
+        pool: As :class:`mer_jax.models.mqa.MultiQueryPooling` has it.
     """
 
     num_queries: Mapping[str, int]
@@ -81,11 +83,12 @@ class FusionClassifier(nn.Module):
     fusion: str = "gate"
     concat_width: int = 0
     feature_dropout_kind: str = "clip"
+    pool: Callable = pool_frames
 
     @nn.compact
     def __call__(
         self,
-        features: Mapping[str, jax.Array],
+        features: Mapping[str, jax.Array | Stored],
         frame_mask: jax.Array | None = None,
         *,
         train: bool = False,
@@ -107,7 +110,7 @@ class FusionClassifier(nn.Module):
         """
         streams = {name: features[name] for name in self.num_queries}
         if self.fusion == "concat" and len(streams) > 1:
-            joined = jnp.concatenate(list(streams.values()), axis=-1)  # (B, T, sum of D)
+            joined = jnp.concatenate([fetched(stream) for stream in streams.values()], axis=-1)  # (B, T, sum of D)
             streams = {"concat": joined[..., : self.concat_width or None]}
 
         descriptors, attention = [], {}
@@ -117,9 +120,9 @@ class FusionClassifier(nn.Module):
                 scale = dropout_scale(self, (stream.shape[0], stream.shape[2]), feature_dropout, train)
             else:
                 frame_scale = dropout_scale(self, stream.shape, feature_dropout, train)
-                stream = stream if frame_scale is None else stream * frame_scale
+                stream = stream if frame_scale is None else fetched(stream) * frame_scale
             queries = self.num_queries[name] if name in self.num_queries else next(iter(self.num_queries.values()))
-            pooled, attention[name] = MultiQueryPooling(queries, self.key_dim, name=f"pool_{name}")(
+            pooled, attention[name] = MultiQueryPooling(queries, self.key_dim, self.pool, name=f"pool_{name}")(
                 stream, frame_mask, feature_scale=scale, return_attention=True
             )
             descriptors.append(pooled)

@@ -1,13 +1,44 @@
 """Multi-query attention pooling: a sequence of frame features to one vector (hybrid fusion paper, section 3.1.3)."""
 
+from collections.abc import Callable
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
 from mer_jax.models.products import project, project_back, score
+from mer_jax.models.stored import Stored, fetched
 
 # Large enough to vanish after softmax, small enough that a row of nothing but padding stays finite.
 _MASKED_SCORE = -1e30
+
+
+def pool_frames(
+    frames: jax.Array | Stored, frame_mask: jax.Array | None, feature_scale: jax.Array | None, probes: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """Frames by how they answer to probes, averaged over these; what is left of pooling once projections are aside.
+
+    Args:
+        frames: ``(B, T, D)``.
+        frame_mask: ``(B, T)`` bool, False for padding, or None.
+        feature_scale: ``(B, D)`` factor on the values of all frames, or None.
+        probes: ``(Q, D)``, ``Q W_K^T / sqrt(d_k)``.
+
+    Returns:
+        The pooled frames ``(B, D)`` and the attention ``(B, Q, T)``, whose rows sum to 1.
+    """
+    frames = fetched(frames)
+    if feature_scale is not None:
+        # Scaling the probes instead would need a product a sample, which costs more than scaling the frames. The
+        # barrier has frames fetched and scaled in one go, and once for all the products below.
+        frames = jax.lax.optimization_barrier(frames * feature_scale[:, None, :])  # (B, T, D) (B, 1, D)
+    # One product of all frames: a product a sample runs at a third of its speed on a CPU.
+    scores = score(frames.reshape(-1, frames.shape[-1]), probes)  # (B T, D) (Q, D) -> (B T, Q)
+    scores = scores.reshape(*frames.shape[:2], -1).swapaxes(1, 2)  # (B T, Q) -> (B, T, Q) -> (B, Q, T)
+    if frame_mask is not None:
+        scores = jnp.where(frame_mask[:, None, :], scores, _MASKED_SCORE)  # (B, 1, T) over (B, Q, T)
+    attention = nn.softmax(scores, axis=-1)
+    return jnp.einsum("bt,btd->bd", attention.mean(axis=1), frames), attention
 
 
 class MultiQueryPooling(nn.Module):
@@ -21,15 +52,17 @@ class MultiQueryPooling(nn.Module):
     Attributes:
         num_queries: Number of learned queries, Q.
         key_dim: Width of queries, keys and values, d_k; also the width of the pooled vector.
+        pool: What pools frames by probes: :func:`pool_frames`, or the same by other means.
     """
 
     num_queries: int
     key_dim: int
+    pool: Callable = pool_frames
 
     @nn.compact
     def __call__(
         self,
-        features: jax.Array,
+        features: jax.Array | Stored,
         frame_mask: jax.Array | None = None,
         *,
         feature_scale: jax.Array | None = None,
@@ -54,17 +87,9 @@ class MultiQueryPooling(nn.Module):
         key_kernel = self.param("key_kernel", nn.initializers.lecun_normal(), (width, self.key_dim))
         value_kernel = self.param("value_kernel", nn.initializers.lecun_normal(), (width, self.key_dim))
 
-        probes = project_back(queries, key_kernel) * self.key_dim**-0.5  # (Q, d_k) (d_k, D) -> (Q, D)
-        if feature_scale is not None:
-            # Scaling the probes instead would need a product a sample, which costs more than scaling the frames. The
-            # barrier has frames fetched and scaled in one go, and once for all the products below.
-            features = jax.lax.optimization_barrier(features * feature_scale[:, None, :])  # (B, T, D) (B, 1, D)
-        # One product of all frames: a product a sample runs at a third of its speed on a CPU.
-        scores = score(features.reshape(-1, width), probes)  # (B T, D) (Q, D) -> (B T, Q)
-        scores = scores.reshape(*features.shape[:2], -1).swapaxes(1, 2)  # (B T, Q) -> (B, T, Q) -> (B, Q, T)
-        if frame_mask is not None:
-            scores = jnp.where(frame_mask[:, None, :], scores, _MASKED_SCORE)  # (B, 1, T) over (B, Q, T)
-        attention = nn.softmax(scores, axis=-1)
-        pooled = jnp.einsum("bt,btd->bd", attention.mean(axis=1), features)
-        pooled = project(pooled, value_kernel)  # (B, D) (D, d_k) -> (B, d_k)
+        key_taps, value_taps = (self.get_variable("taps", name) for name in ("key_kernel", "value_kernel"))
+
+        probes = project_back(queries, key_kernel, key_taps) * self.key_dim**-0.5  # (Q, d_k) (d_k, D) -> (Q, D)
+        pooled, attention = self.pool(features, frame_mask, feature_scale, probes)
+        pooled = project(pooled, value_kernel, value_taps)  # (B, D) (D, d_k) -> (B, d_k)
         return (pooled, attention) if return_attention else pooled

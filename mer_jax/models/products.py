@@ -4,7 +4,13 @@ A CPU's compiler that is free to choose packs the whole kernel anew for a handfu
 memory spare it that, and the gradient of the kernel takes them so as well. A GPU's compiler writes the result of every
 product to memory, as large as the kernel for its gradient; a sum over few rows it works out where it is used, within
 the update. Values and gradients are those of ``@``.
+
+A kernel's gradient is itself a product of few rows. Who passes *taps* beside a kernel gets its two factors as the
+gradient of these, and nothing as the kernel's own, so that an optimiser may work it out where it uses it.
 """
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -13,16 +19,75 @@ import jax.numpy as jnp
 _FEW_ROWS = 32
 
 
-@jax.custom_vjp
-def project(rows: jax.Array, kernel: jax.Array) -> jax.Array:
+class Factors(NamedTuple):
+    """A kernel's gradient ``(D, K)`` as a sum of N outer products.
+
+    Attributes:
+        left: ``(N, D)``.
+        right: ``(N, K)``.
+    """
+
+    left: jax.Array
+    right: jax.Array
+
+    def product(self) -> jax.Array:
+        """``left.T @ right``, ``(D, K)``."""
+        return _outer_products(_turn(self.left), self.right)  # (D, N) (N, K) -> (D, K)
+
+
+def no_factors(count: int, kernel: jax.Array) -> Factors:
+    """Taps for a kernel ``(D, K)`` whose gradient is a sum of ``count`` outer products."""
+    return Factors(jnp.zeros((count, kernel.shape[0])), jnp.zeros((count, kernel.shape[1])))
+
+
+def with_factors(gradients: Mapping[str, Any], factors: Mapping[str, Any]) -> dict[str, Any]:
+    """Gradients of parameters, with :class:`Factors` in place of those of kernels that had taps.
+
+    Args:
+        gradients: Nested, by name.
+        factors: The taps' gradients, a part of the same names.
+
+    Returns:
+        Nested like ``gradients``.
+    """
+    return {
+        name: (factors[name] if isinstance(factors[name], Factors) else with_factors(gradient, factors[name]))
+        if name in factors
+        else gradient
+        for name, gradient in gradients.items()
+    }
+
+
+def project(rows: jax.Array, kernel: jax.Array, taps: Factors | None = None) -> jax.Array:
     """``rows @ kernel``: ``(N, D)`` by ``(D, K)`` to ``(N, K)``; no forward-mode derivative."""
+    return _project(rows, kernel) if taps is None else _project_tapped(rows, kernel, taps)
+
+
+def project_back(rows: jax.Array, kernel: jax.Array, taps: Factors | None = None) -> jax.Array:
+    """``rows @ kernel.T``: ``(N, K)`` by ``(D, K)`` to ``(N, D)``; no forward-mode derivative."""
+    return _project_back(rows, kernel) if taps is None else _project_back_tapped(rows, kernel, taps)
+
+
+@jax.custom_vjp
+def _project(rows, kernel):
     return _project_turned(_turn(rows), kernel)
 
 
 @jax.custom_vjp
-def project_back(rows: jax.Array, kernel: jax.Array) -> jax.Array:
-    """``rows @ kernel.T``: ``(N, K)`` by ``(D, K)`` to ``(N, D)``; no forward-mode derivative."""
+def _project_back(rows, kernel):
     return jax.lax.optimization_barrier(kernel @ rows.T).T  # (D, K) (K, N) -> (D, N) -> (N, D)
+
+
+@jax.custom_vjp
+def _project_tapped(rows, kernel, taps):
+    del taps
+    return _project(rows, kernel)
+
+
+@jax.custom_vjp
+def _project_back_tapped(rows, kernel, taps):
+    del taps
+    return _project_back(rows, kernel)
 
 
 @jax.custom_vjp
@@ -59,11 +124,11 @@ def _project_forward(rows, kernel):
 
 def _project_backward(kept, cotangent):
     turned, kernel = kept
-    return project_back(cotangent, kernel), _outer_products(turned, cotangent)  # (N, D), (D, N) (N, K) -> (D, K)
+    return _project_back(cotangent, kernel), _outer_products(turned, cotangent)  # (N, D), (D, N) (N, K) -> (D, K)
 
 
 def _project_back_forward(rows, kernel):
-    return project_back(rows, kernel), (rows, kernel)
+    return _project_back(rows, kernel), (rows, kernel)
 
 
 def _project_back_backward(kept, cotangent):
@@ -72,8 +137,28 @@ def _project_back_backward(kept, cotangent):
     return _project_turned(turned, kernel), _outer_products(turned, rows)  # (N, K), (D, N) (N, K) -> (D, K)
 
 
-project.defvjp(_project_forward, _project_backward)
-project_back.defvjp(_project_back_forward, _project_back_backward)
+def _project_tapped_forward(rows, kernel, taps):
+    return _project_tapped(rows, kernel, taps), (rows, kernel)
+
+
+def _project_tapped_backward(kept, cotangent):
+    rows, kernel = kept
+    return _project_back(cotangent, kernel), None, Factors(rows, cotangent)
+
+
+def _project_back_tapped_forward(rows, kernel, taps):
+    return _project_back_tapped(rows, kernel, taps), (rows, kernel)
+
+
+def _project_back_tapped_backward(kept, cotangent):
+    rows, kernel = kept
+    return _project(cotangent, kernel), None, Factors(cotangent, rows)
+
+
+_project.defvjp(_project_forward, _project_backward)
+_project_back.defvjp(_project_back_forward, _project_back_backward)
+_project_tapped.defvjp(_project_tapped_forward, _project_tapped_backward)
+_project_back_tapped.defvjp(_project_back_tapped_forward, _project_back_tapped_backward)
 
 
 def _score_forward(frames, probes):

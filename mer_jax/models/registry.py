@@ -5,10 +5,11 @@ from typing import NamedTuple
 
 from mer_jax.errors import UserError
 from mer_jax.fields import FLAG, MANY, SECTION, TEXT, Kind, Kinds, check_fields, one_of, whole
-from mer_jax.models import cpu_blocks, pieces, tiles
+from mer_jax.models import cpu_blocks, cpu_pooling, mqa, pieces, tiles
 from mer_jax.models.convolution import Implementation
 from mer_jax.models.fusion import DROPOUT_KINDS, FUSIONS, FusionClassifier
 from mer_jax.models.micro_attnet import MicroAttNet
+from mer_jax.models.products import no_factors
 from mer_jax.models.ststnet import STSTNet
 
 CONVOLUTIONAL = ("micro_attnet", "ststnet")
@@ -63,12 +64,17 @@ class Learner(NamedTuple):
             ``sample_mask`` ``(B,)`` is False for padding; ``hyper`` maps hyper-parameters to traced scalars and
             ``dropout_key`` is a key (both None unless ``train``); ``collections`` are the further collections after
             the call; ``extras`` may hold ``attention`` (encoder to ``(B, Q, T)``) and ``gate`` ``(G,)``.
+        stored: Inputs that ``apply`` and ``init`` also take as :class:`mer_jax.models.stored.Stored`, and had better.
+        taps: ``(params, B) -> taps``: what ``variables['taps']`` may hold in training on batches of B, so that kernels'
+            gradients come as :class:`mer_jax.models.products.Factors`; nested by name, empty for no kernels.
         gate_names: What the gate weighs, in its order; empty for a model without one.
         stream_names: What attention over streams weighs, in its order; empty for a model without it.
     """
 
     init: Callable
     apply: Callable
+    stored: tuple[str, ...] = ()
+    taps: Callable = lambda params, batch: {}
     gate_names: tuple[str, ...] = ()
     stream_names: tuple[str, ...] = ()
 
@@ -141,7 +147,7 @@ def build_learner(config: Mapping, channels: Sequence[str], num_classes: int, pl
 def _implementation(platform: str) -> Implementation:
     if platform != "cpu":
         return tiles.IMPLEMENTATION
-    return cpu_blocks.IMPLEMENTATION if cpu_blocks.available() else pieces.IMPLEMENTATION
+    return cpu_blocks.IMPLEMENTATION if cpu_blocks.version() else pieces.IMPLEMENTATION
 
 
 def _build_micro_attnet(config: Mapping, channels: tuple[str, ...], num_classes: int, platform: str) -> Learner:
@@ -211,7 +217,7 @@ def _check_size(shape: tuple[int, ...], least: int) -> None:
 
 
 def _build_fusion(config: Mapping, modalities: tuple[str, ...], num_classes: int, platform: str) -> Learner:
-    del platform
+    compiled = platform == "cpu" and bool(cpu_pooling.version())
     queries = config["num_queries"]
     model = FusionClassifier(
         num_queries={modality: queries[modality] for modality in modalities},
@@ -221,10 +227,21 @@ def _build_fusion(config: Mapping, modalities: tuple[str, ...], num_classes: int
         feature_dropout_kind=config["feature_dropout_kind"],
         key_dim=config["key_dim"],
         hidden_dim=config["hidden_dim"],
+        pool=cpu_pooling.pool_frames if compiled else mqa.pool_frames,
     )
 
     def init(key, inputs):
         return model.init(key, inputs["features"], inputs["frame_mask"])
+
+    def taps(params, batch):
+        return {
+            name: {
+                "key_kernel": no_factors(own["query"].shape[0], own["key_kernel"]),
+                "value_kernel": no_factors(batch, own["value_kernel"]),
+            }
+            for name, own in params.items()
+            if name.startswith("pool_")
+        }
 
     def apply(variables, inputs, sample_mask, train, hyper, dropout_key):
         del sample_mask  # no statistic of this model runs over samples
@@ -240,4 +257,4 @@ def _build_fusion(config: Mapping, modalities: tuple[str, ...], num_classes: int
         return logits, {}, extras
 
     gated = model.fusion == "gate" and len(modalities) > 1
-    return Learner(init, apply, tuple(modalities) if gated else ())
+    return Learner(init, apply, ("features",), taps, tuple(modalities) if gated else ())

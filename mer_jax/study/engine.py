@@ -6,7 +6,7 @@ member's result bitwise independent of the number of devices.
 """
 
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 import jax
@@ -21,7 +21,9 @@ from mer_jax.models.losses import (
     binary_focal_loss,
     softmax_focal_loss,
 )
+from mer_jax.models.products import Factors, with_factors
 from mer_jax.models.registry import Learner
+from mer_jax.models.stored import Stored
 from mer_jax.study.adam import adam_update, init_adam
 from mer_jax.study.devices import current_platform
 from mer_jax.study.members import stream
@@ -187,18 +189,28 @@ def learning_rate(recipe: Recipe, peak: jax.Array, step: jax.Array, total_steps:
     return peak * jnp.where(step < warmup, rising, falling)
 
 
-def take_samples(arrays: Arrays, fold: jax.Array, index: jax.Array) -> Mapping:
-    """The model's inputs ``(B, ...)`` of samples ``index`` ``(B,)``, as prepared for held-out fold ``fold``."""
+def take_samples(arrays: Arrays, fold: jax.Array, index: jax.Array, stored: Sequence[str] = ()) -> Mapping:
+    """The model's inputs of samples ``index`` ``(B,)``, as prepared for held-out fold ``fold``.
 
-    def take(x):
-        # Without a look whether the index lies within: it is our own.
-        return x.at[fold if x.shape[0] > 1 else 0, index].get(mode="promise_in_bounds")
+    Args:
+        arrays: The data.
+        fold: int32, the held-out fold.
+        index: ``(B,)`` int32.
+        stored: Names of inputs to leave where they lie.
 
-    taken = dict(jax.tree.map(take, arrays.inputs))
+    Returns:
+        Arrays ``(B, ...)``, or :class:`Stored` of the same shape.
+    """
+    samples = {name: jax.tree.map(lambda x: Stored(x, fold, index), tree) for name, tree in arrays.inputs.items()}
+    taken = {name: tree if name in stored else _fetched(tree) for name, tree in samples.items()}
     for name, (mean, scale) in arrays.maps.items():
         broadcast = (1,) * (taken[name].ndim - 1) + (-1,)  # (channels,) -> (1, ..., channels)
         taken[name] = (taken[name] - mean[fold].reshape(broadcast)) * scale[fold].reshape(broadcast)
     return taken
+
+
+def _fetched(tree):
+    return jax.tree.map(Stored.fetch, tree, is_leaf=lambda node: isinstance(node, Stored))
 
 
 def augment_flow(flow: jax.Array, key: jax.Array, flip: float, shift: int, mirrored: tuple[bool, ...]) -> jax.Array:
@@ -232,7 +244,8 @@ def augment_flow(flow: jax.Array, key: jax.Array, flip: float, shift: int, mirro
 
 def init_member(learner: Learner, recipe: Recipe, arrays: Arrays, member: MemberInputs) -> MemberState:
     """A member before its first step. Written for one member; vmap it."""
-    variables = learner.init(stream(member.key, "init"), take_samples(arrays, member.fold, jnp.zeros(1, jnp.int32)))
+    first = take_samples(arrays, member.fold, jnp.zeros(1, jnp.int32), learner.stored)
+    variables = learner.init(stream(member.key, "init"), first)
     return MemberState(
         variables=variables,
         opt_state=init_adam(variables["params"]),
@@ -267,7 +280,7 @@ def predict_samples(
 
     def run(rows):
         logits, _, extras = learner.apply(
-            variables, take_samples(arrays, fold, rows), jnp.ones(batch, bool), False, None, None
+            variables, take_samples(arrays, fold, rows, learner.stored), jnp.ones(batch, bool), False, None, None
         )
         return logits, {name: weights.mean(axis=1) for name, weights in extras.get("attention", {}).items()}
 
@@ -295,19 +308,21 @@ def _gradient_size(gradients) -> jax.Array:
     """A sum of squares that is finite where all gradients are.
 
     The gradient of a large kernel is a product of two matrices, so that what is not finite in one of them spoils a
-    whole row or column. Its first row and its first column meet all of these; reading all of it takes as long as a
-    tenth of the update. What overflows in the product alone makes the next step's loss NaN, or the predictions.
+    whole row or column. The two, where they are at hand, or else its first row and its first column meet all of these;
+    reading all of it takes as long as a tenth of the update. What overflows in the product alone makes the next step's
+    loss NaN, or the predictions.
     """
     witnesses = []
-    for gradient in jax.tree.leaves(gradients):
-        if gradient.ndim < 2 or gradient.size < _LARGE_KERNEL:
+    for gradient in jax.tree.leaves(gradients, is_leaf=lambda node: isinstance(node, Factors)):
+        if isinstance(gradient, Factors):
+            witnesses += [factor.ravel() for factor in gradient]
+        elif gradient.ndim < 2 or gradient.size < _LARGE_KERNEL:
             witnesses.append(gradient.ravel())
         else:
             matrix = gradient.reshape(-1, gradient.shape[-1])
             witnesses += [matrix[0], matrix[:, 0]]
-    flat = jnp.concatenate(
-        witnesses
-    )  # a sum for each of them would be three programs of XLA's, longer to call than run
+    # A sum for each of them would be three programs of XLA's, longer to call than run.
+    flat = jnp.concatenate(witnesses)
     return jnp.dot(flat, flat, precision="highest")
 
 
@@ -353,22 +368,24 @@ def train_epoch(
         offset = number * recipe.batch_size
         index = jax.lax.dynamic_slice(order, (offset,), (size,))
         sample_mask = offset + jnp.arange(size) < train_size
-        inputs, labels = take_samples(arrays, member.fold, index), arrays.labels[index]
+        inputs, labels = take_samples(arrays, member.fold, index, learner.stored), arrays.labels[index]
         if recipe.flip or recipe.shift:
             draw_key = jax.random.fold_in(stream(member.key, "augment"), state.step)
             inputs["flow"] = augment_flow(inputs["flow"], draw_key, recipe.flip, recipe.shift, recipe.mirrored)
         dropout_key = jax.random.fold_in(stream(member.key, "dropout"), state.step)
 
-        def loss_fn(params):
-            logits, collections, _ = learner.apply(
-                {**state.variables, "params": params}, inputs, sample_mask, True, member.hyper, dropout_key
-            )
+        def loss_fn(params, taps):
+            variables = {**state.variables, "params": params, "taps": taps}
+            logits, collections, _ = learner.apply(variables, inputs, sample_mask, True, member.hyper, dropout_key)
             losses = sample_losses(recipe, logits, labels, weight, member.hyper)
             loss = jnp.sum(losses * sample_mask) / jnp.maximum(jnp.sum(sample_mask), 1)
             return loss, collections
 
         params = state.variables["params"]
-        (loss, collections), gradients = jax.value_and_grad(loss_fn, has_aux=True)(params)
+        (loss, collections), (gradients, factors) = jax.value_and_grad(loss_fn, (0, 1), has_aux=True)(
+            params, learner.taps(params, size)
+        )
+        gradients = with_factors(gradients, factors)
         active = running & jnp.any(sample_mask) & (state.diverged_at < 0)
         finite = jnp.isfinite(loss) & jnp.isfinite(_gradient_size(gradients))
         update = active & finite
@@ -445,7 +462,7 @@ def finish_member(
     )
     _, _, extras = learner.apply(
         state.best_variables,
-        take_samples(arrays, member.fold, everything[:1]),
+        take_samples(arrays, member.fold, everything[:1], learner.stored),
         jnp.ones(1, bool),
         False,
         None,
