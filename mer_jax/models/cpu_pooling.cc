@@ -40,7 +40,7 @@ constexpr int kVectorBytes = 16;
 constexpr int kFrames = 3, kQueries = 4;
 #endif
 constexpr int kLanes = kVectorBytes / sizeof(float);
-constexpr int kChunk = 512;  // values of probes and frames that lie in the first cache together
+constexpr int kChunk = 256;  // values of probes and frames that lie in the first cache together
 constexpr int kAcross = 2;   // vectors of probes' gradients in a tile
 constexpr float kMaskedScore = -1e30f;
 
@@ -125,10 +125,11 @@ struct Shape {
   int samples, frames, width, queries;  // B, T, D, Q
 };
 
-// Adds products of kT frames with kQ probes to their sums, over `width` values.
+// Adds products of kT frames with kQ probes to their sums, over `width` values, and has the values `ahead` of them
+// fetched into the second cache: a clip's are too short a stream for a core to guess.
 template <int kT, int kQ>
-void add_products(const float* frames, std::size_t frame_step, const float* probes, std::size_t probe_step, int width,
-                  Vector* sums, std::size_t sum_step) {
+void add_products(const float* frames, std::size_t frame_step, std::ptrdiff_t ahead, const float* probes,
+                  std::size_t probe_step, int width, Vector* sums, std::size_t sum_step) {
   Vector tile[kT][kQ];
 #pragma GCC unroll 8
   for (int t = 0; t < kT; ++t)
@@ -137,7 +138,10 @@ void add_products(const float* frames, std::size_t frame_step, const float* prob
   const auto step = [&](int d, int lanes) __attribute__((always_inline)) {
     Vector frame[kT];
 #pragma GCC unroll 8
-    for (int t = 0; t < kT; ++t) frame[t] = load(frames + t * frame_step + d, lanes);
+    for (int t = 0; t < kT; ++t) {
+      frame[t] = load(frames + t * frame_step + d, lanes);
+      if (kQ > 1) __builtin_prefetch(frames + t * frame_step + d + ahead, 0, 2);
+    }
 #pragma GCC unroll 8
     for (int q = 0; q < kQ; ++q) {
       Vector probe = load(probes + q * probe_step + d, lanes);
@@ -157,30 +161,25 @@ void add_products(const float* frames, std::size_t frame_step, const float* prob
 
 // The same for any number of frames and probes, a tile at a time.
 template <int kQ>
-void add_all_products(const float* frames, std::size_t frame_step, const float* probes, std::size_t probe_step,
-                      int count, int queries, int width, Vector* sums) {
+void add_tiles(const float* frames, std::size_t frame_step, std::ptrdiff_t ahead, const float* probes,
+               std::size_t probe_step, int count, int width, Vector* sums, std::size_t queries) {
+  int t = 0;
+  for (; t + kFrames <= count; t += kFrames)
+    add_products<kFrames, kQ>(frames + t * frame_step, frame_step, ahead, probes, probe_step, width, sums + t * queries,
+                              queries);
+  for (; t < count; ++t)
+    add_products<1, kQ>(frames + t * frame_step, frame_step, ahead, probes, probe_step, width, sums + t * queries,
+                        queries);
+}
+
+void add_all_products(const float* frames, std::size_t frame_step, std::ptrdiff_t ahead, const float* probes,
+                      std::size_t probe_step, int count, int queries, int width, Vector* sums) {
   int q = 0;
-  for (; q + kQ <= queries; q += kQ) {
-    int t = 0;
-    for (; t + kFrames <= count; t += kFrames)
-      add_products<kFrames, kQ>(frames + t * frame_step, frame_step, probes + q * probe_step, probe_step, width,
-                                sums + t * static_cast<std::size_t>(queries) + q, queries);
-    for (; t < count; ++t)
-      add_products<1, kQ>(frames + t * frame_step, frame_step, probes + q * probe_step, probe_step, width,
-                          sums + t * static_cast<std::size_t>(queries) + q, queries);
-  }
-  if constexpr (kQ > 1) {
-    // Fewer are left than a tile has.
-    for (; q < queries; ++q) {
-      int t = 0;
-      for (; t + kFrames <= count; t += kFrames)
-        add_products<kFrames, 1>(frames + t * frame_step, frame_step, probes + q * probe_step, probe_step, width,
-                                 sums + t * static_cast<std::size_t>(queries) + q, queries);
-      for (; t < count; ++t)
-        add_products<1, 1>(frames + t * frame_step, frame_step, probes + q * probe_step, probe_step, width,
-                           sums + t * static_cast<std::size_t>(queries) + q, queries);
-    }
-  }
+  for (; q + kQueries <= queries; q += kQueries)
+    add_tiles<kQueries>(frames, frame_step, ahead, probes + q * probe_step, probe_step, count, width, sums + q,
+                        queries);
+  for (; q < queries; ++q)
+    add_tiles<1>(frames, frame_step, ahead, probes + q * probe_step, probe_step, count, width, sums + q, queries);
 }
 
 // The frames of each sample of a batch.
@@ -197,6 +196,8 @@ class Frames {
     const std::int64_t within = std::clamp<std::int64_t>(index_[sample], 0, count_ - 1);
     return data_ + (fold_ * count_ + within) * size_;
   }
+  // How far from a sample's frames those of the next one lie.
+  std::ptrdiff_t ahead(int sample, int samples) const { return of(std::min(sample + 1, samples - 1)) - of(sample); }
 
  private:
   const float* data_;
@@ -205,8 +206,8 @@ class Frames {
 };
 
 // Sums (T, Q) of a clip's frames with probes, which are scaled a part at a time.
-void add_scores(const Shape& shape, const float* frames, const float* scale, const float* probes, float* chunk,
-                Vector* sums) {
+void add_scores(const Shape& shape, const float* frames, std::ptrdiff_t ahead, const float* scale, const float* probes,
+                float* chunk, Vector* sums) {
   const auto [samples, count, width, queries] = shape;
   for (int start = 0; start < width; start += kChunk) {
     const int part = std::min(kChunk, width - start);
@@ -218,26 +219,40 @@ void add_scores(const Shape& shape, const float* frames, const float* scale, con
       some = chunk;
       step = kChunk;
     }
-    add_all_products<kQueries>(frames + start, width, some, step, count, queries, part, sums);
+    add_all_products(frames + start, width, ahead, some, step, count, queries, part, sums);
   }
 }
 
-// Attention (Q, T) from sums (T, Q), and its mean over queries (T).
-void soften(const Shape& shape, const Vector* sums, const bool* mask, float* attention, float* mean) {
+// Attention (Q, T) from sums (T, Q), and its mean over queries (T); `scores` is room for (T + 2, Q). Queries fill the
+// lanes of vectors.
+void soften(const Shape& shape, const Vector* sums, const bool* mask, float* scores, float* attention, float* mean) {
   const auto [samples, count, width, queries] = shape;
-  std::fill_n(mean, count, 0.0f);
-  for (int q = 0; q < queries; ++q, attention += count) {
-    float largest = kMaskedScore, sum = 0.0f;
-    for (int t = 0; t < count; ++t) {
-      attention[t] = mask[t] ? total(sums[t * static_cast<std::size_t>(queries) + q]) : kMaskedScore;
-      largest = attention[t] > largest ? attention[t] : largest;
+  float *const largest = scores + static_cast<std::size_t>(count) * queries, *const sum = largest + queries;
+  std::fill_n(largest, queries, kMaskedScore);
+  std::fill_n(sum, queries, 0.0f);
+  float* row = scores;
+  for (int t = 0; t < count; ++t, row += queries)
+    for (int q = 0; q < queries; ++q) {
+      row[q] = mask[t] ? total(*sums++) : (++sums, kMaskedScore);
+      largest[q] = row[q] > largest[q] ? row[q] : largest[q];
     }
-    for (int t = 0; t < count; ++t) attention[t] = exponential(attention[t] - largest);
-    for (int t = 0; t < count; ++t) sum += attention[t];
-    for (int t = 0; t < count; ++t) attention[t] /= sum;
-    for (int t = 0; t < count; ++t) mean[t] += attention[t];
+  row = scores;
+  for (int t = 0; t < count; ++t, row += queries)
+    for (int q = 0; q < queries; ++q) row[q] -= largest[q];
+  for (float* each = scores; each < largest; ++each) *each = exponential(*each);
+  row = scores;
+  for (int t = 0; t < count; ++t, row += queries)
+    for (int q = 0; q < queries; ++q) sum[q] += row[q];
+  row = scores;
+  for (int t = 0; t < count; ++t, row += queries) {
+    float whole = 0.0f;
+    for (int q = 0; q < queries; ++q) {
+      const float weight = row[q] / sum[q];
+      attention[static_cast<std::size_t>(q) * count + t] = weight;
+      whole += weight;
+    }
+    mean[t] = whole / queries;
   }
-  for (int t = 0; t < count; ++t) mean[t] /= queries;
 }
 
 // The weighted sum of frames, in some vectors of values.
@@ -265,11 +280,12 @@ void forward(const Shape& shape, const Frames& frames, const bool* mask, const f
              float* pooled, float* attention) {
   const auto [samples, count, width, queries] = shape;
   std::vector<Vector> sums(static_cast<std::size_t>(count) * queries), chunk(queries * kChunk / kLanes);
-  std::vector<float> weights(count);
+  std::vector<float> scores(static_cast<std::size_t>(count + 2) * queries), weights(count);
   for (int b = 0; b < samples; ++b) {
     std::fill(sums.begin(), sums.end(), Vector{});
-    add_scores(shape, frames.of(b), scale, probes, reinterpret_cast<float*>(chunk.data()), sums.data());
-    soften(shape, sums.data(), mask, attention, weights.data());
+    add_scores(shape, frames.of(b), frames.ahead(b, samples), scale, probes, reinterpret_cast<float*>(chunk.data()),
+               sums.data());
+    soften(shape, sums.data(), mask, scores.data(), attention, weights.data());
     pool_all(shape, frames.of(b), weights.data(), scale, pooled);
     mask += count;
     scale = scale ? scale + width : nullptr;
@@ -280,14 +296,18 @@ void forward(const Shape& shape, const Frames& frames, const bool* mask, const f
 
 // Adds what `queries` weights of each frame make of the frames, to the gradients of kQ probes.
 template <int kQ, int kVectors>
-void add_weighted(const float* frames, const float* weights, const float* factor, float* of_probes, const Shape& shape,
-                  int d, int lanes) {
+void add_weighted(const float* frames, std::ptrdiff_t ahead, const float* weights, const float* factor,
+                  float* of_probes, const Shape& shape, int d, int lanes) {
   const auto [samples, count, width, queries] = shape;
   Vector sum[kQ][kVectors] = {};
   for (int t = 0; t < count; ++t) {
     Vector frame[kVectors];
 #pragma GCC unroll 4
-    for (int n = 0; n < kVectors; ++n) frame[n] = load(frames + static_cast<std::size_t>(t) * width + d + n * kLanes, lanes);
+    for (int n = 0; n < kVectors; ++n) {
+      const float* const from = frames + static_cast<std::size_t>(t) * width + d + n * kLanes;
+      frame[n] = load(from, lanes);
+      if (kQ > 1) __builtin_prefetch(from + ahead, 0, 2);
+    }
 #pragma GCC unroll 8
     for (int q = 0; q < kQ; ++q)
 #pragma GCC unroll 4
@@ -305,14 +325,14 @@ void add_weighted(const float* frames, const float* weights, const float* factor
 }
 
 template <int kQ>
-void add_all_weighted(const float* frames, const float* weights, const float* factor, float* of_probes,
-                      const Shape& shape) {
+void add_all_weighted(const float* frames, std::ptrdiff_t ahead, const float* weights, const float* factor,
+                      float* of_probes, const Shape& shape) {
   const int width = shape.width;
   int d = 0;
   for (; d + kAcross * kLanes <= width; d += kAcross * kLanes)
-    add_weighted<kQ, kAcross>(frames, weights, factor, of_probes, shape, d, kLanes);
+    add_weighted<kQ, kAcross>(frames, ahead, weights, factor, of_probes, shape, d, kLanes);
   for (; d < width; d += kLanes)
-    add_weighted<kQ, 1>(frames, weights, factor, of_probes, shape, d, std::min(kLanes, width - d));
+    add_weighted<kQ, 1>(frames, ahead, weights, factor, of_probes, shape, d, std::min(kLanes, width - d));
 }
 
 // The gradient of the probes (Q, D), from those of pooled frames (B, D) and attention (B, Q, T).
@@ -331,7 +351,7 @@ void backward(const Shape& shape, const Frames& frames, const float* scale, cons
       probe = scaled.data();
     }
     std::fill(sums.begin(), sums.end(), Vector{});
-    add_all_products<1>(own, width, probe, width, count, 1, width, sums.data());
+    add_all_products(own, width, 0, probe, width, count, 1, width, sums.data());
     for (int t = 0; t < count; ++t) of_weights[t] = total(sums[t]) / queries;
     for (int q = 0; q < queries; ++q) {
       const std::size_t row = (static_cast<std::size_t>(b) * queries + q) * count;
@@ -343,10 +363,10 @@ void backward(const Shape& shape, const Frames& frames, const float* scale, cons
     }
     int q = 0;
     for (; q + kQueries <= queries; q += kQueries)
-      add_all_weighted<kQueries>(own, of_scores.data() + q, factor, of_probes + static_cast<std::size_t>(q) * width,
-                                 shape);
+      add_all_weighted<kQueries>(own, frames.ahead(b, samples), of_scores.data() + q, factor,
+                                 of_probes + static_cast<std::size_t>(q) * width, shape);
     for (; q < queries; ++q)
-      add_all_weighted<1>(own, of_scores.data() + q, factor, of_probes + static_cast<std::size_t>(q) * width, shape);
+      add_all_weighted<1>(own, 0, of_scores.data() + q, factor, of_probes + static_cast<std::size_t>(q) * width, shape);
   }
 }
 

@@ -428,8 +428,8 @@ def train_epoch(
     chosen = jnp.where(jnp.any(member.watched_inner), inner_loss < state.best_loss, True) if recipe.patience else True
     better = running & chosen
     state = state.replace(
-        best_variables=jax.tree.map(
-            lambda new, old: jnp.where(better, new, old), state.variables, state.best_variables
+        best_variables=jax.lax.cond(
+            better, lambda new, old: new, lambda new, old: old, state.variables, state.best_variables
         ),
         best_loss=jnp.where(better, inner_loss, state.best_loss),
         best_epoch=jnp.where(better, epoch, state.best_epoch),
