@@ -1,14 +1,14 @@
 """The hybrid fusion of appearance and geometry (hybrid fusion paper, section 3.1.3) and its ablations (tables 2, 3)."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
 from mer_jax.models.layers import dropout_scale
-from mer_jax.models.mqa import MultiQueryPooling, pool_frames
-from mer_jax.models.products import project_general
+from mer_jax.models.mqa import IMPLEMENTATION, Implementation, MultiQueryPooling
+from mer_jax.models.products import BY_XLA, Products, dense_product
 from mer_jax.models.stored import Stored, fetched
 
 FUSIONS = ("gate", "mean", "concat")
@@ -40,15 +40,17 @@ class ClassifierHead(nn.Module):
     Attributes:
         hidden_dim: Width between the two linear layers.
         num_classes: Number of logits.
+        products: How the product with the hidden kernel is worked out.
     """
 
     hidden_dim: int
     num_classes: int
+    products: Products = BY_XLA
 
     @nn.compact
     def __call__(self, descriptor: jax.Array, *, train: bool = False, dropout: jax.Array | float = 0.0) -> jax.Array:
         """Maps descriptors ``(B, d_k)`` to logits ``(B, num_classes)``; ``dropout`` is a rate in [0, 1)."""
-        hidden = nn.Dense(self.hidden_dim, name="hidden", dot_general=project_general)(descriptor)
+        hidden = nn.Dense(self.hidden_dim, name="hidden", dot_general=dense_product(self.products))(descriptor)
         hidden = nn.gelu(hidden, approximate=False)
         hidden = nn.LayerNorm(epsilon=1e-5, name="norm")(hidden)
         scale = dropout_scale(self, hidden.shape, dropout, train)
@@ -73,7 +75,7 @@ class FusionClassifier(nn.Module):
             released inference keeps 1664).
         feature_dropout_kind: ``'clip'`` draws one mask per feature and clip, ``'frame'`` one per feature and frame.
             The paper says feature-level dropout and not which.
-        pool: As :class:`mer_jax.models.mqa.MultiQueryPooling` has it.
+        implementation: How pooling and large products are worked out.
     """
 
     num_queries: Mapping[str, int]
@@ -83,7 +85,7 @@ class FusionClassifier(nn.Module):
     fusion: str = "gate"
     concat_width: int = 0
     feature_dropout_kind: str = "clip"
-    pool: Callable = pool_frames
+    implementation: Implementation = IMPLEMENTATION
 
     @nn.compact
     def __call__(
@@ -122,9 +124,9 @@ class FusionClassifier(nn.Module):
                 frame_scale = dropout_scale(self, stream.shape, feature_dropout, train)
                 stream = stream if frame_scale is None else fetched(stream) * frame_scale
             queries = self.num_queries[name] if name in self.num_queries else next(iter(self.num_queries.values()))
-            pooled, attention[name] = MultiQueryPooling(queries, self.key_dim, self.pool, name=f"pool_{name}")(
-                stream, frame_mask, feature_scale=scale, return_attention=True
-            )
+            pooled, attention[name] = MultiQueryPooling(
+                queries, self.key_dim, self.implementation, name=f"pool_{name}"
+            )(stream, frame_mask, feature_scale=scale, return_attention=True)
             descriptors.append(pooled)
 
         extras = {"attention": attention}
@@ -134,5 +136,5 @@ class FusionClassifier(nn.Module):
             fused, extras["gate"] = SoftmaxGate(name="gate")(jnp.stack(descriptors))
         else:
             fused = jnp.stack(descriptors).mean(axis=0)  # (G, B, d_k) -> (B, d_k)
-        head = ClassifierHead(self.hidden_dim, self.num_classes, name="head")
+        head = ClassifierHead(self.hidden_dim, self.num_classes, self.implementation.products, name="head")
         return head(fused, train=train, dropout=dropout), extras

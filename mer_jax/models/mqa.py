@@ -1,12 +1,13 @@
 """Multi-query attention pooling: a sequence of frame features to one vector (hybrid fusion paper, section 3.1.3)."""
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from mer_jax.models.products import project, project_back, score
+from mer_jax.models.products import BY_XLA, Products, project, project_back, score
 from mer_jax.models.stored import Stored, fetched
 
 # Large enough to vanish after softmax, small enough that a row of nothing but padding stays finite.
@@ -41,6 +42,21 @@ def pool_frames(
     return jnp.einsum("bt,btd->bd", attention.mean(axis=1), frames), attention
 
 
+class Implementation(NamedTuple):
+    """How the large arrays of pooling are worked out. Those there are differ in speed and in last bits alone.
+
+    Attributes:
+        pool: :func:`pool_frames`, or the same by other means.
+        products: Of a few rows with kernels.
+    """
+
+    pool: Callable
+    products: Products
+
+
+IMPLEMENTATION = Implementation(pool_frames, BY_XLA)
+
+
 class MultiQueryPooling(nn.Module):
     """Learned queries attend to one shared key and value projection of the frames; their answers are averaged.
 
@@ -52,12 +68,12 @@ class MultiQueryPooling(nn.Module):
     Attributes:
         num_queries: Number of learned queries, Q.
         key_dim: Width of queries, keys and values, d_k; also the width of the pooled vector.
-        pool: What pools frames by probes: :func:`pool_frames`, or the same by other means.
+        implementation: How it is worked out.
     """
 
     num_queries: int
     key_dim: int
-    pool: Callable = pool_frames
+    implementation: Implementation = IMPLEMENTATION
 
     @nn.compact
     def __call__(
@@ -88,8 +104,9 @@ class MultiQueryPooling(nn.Module):
         value_kernel = self.param("value_kernel", nn.initializers.lecun_normal(), (width, self.key_dim))
 
         key_taps, value_taps = (self.get_variable("taps", name) for name in ("key_kernel", "value_kernel"))
+        pool, by = self.implementation
 
-        probes = project_back(queries, key_kernel, key_taps) * self.key_dim**-0.5  # (Q, d_k) (d_k, D) -> (Q, D)
-        pooled, attention = self.pool(features, frame_mask, feature_scale, probes)
-        pooled = project(pooled, value_kernel, value_taps)  # (B, D) (D, d_k) -> (B, d_k)
+        probes = project_back(queries * self.key_dim**-0.5, key_kernel, key_taps, by)  # (Q, d_k) (d_k, D) -> (Q, D)
+        pooled, attention = pool(features, frame_mask, feature_scale, probes)
+        pooled = project(pooled, value_kernel, value_taps, by)  # (B, D) (D, d_k) -> (B, d_k)
         return (pooled, attention) if return_attention else pooled

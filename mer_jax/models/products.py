@@ -9,7 +9,8 @@ A kernel's gradient is itself a product of few rows. Who passes *taps* beside a 
 gradient of these, and nothing as the kernel's own, so that an optimiser may work it out where it uses it.
 """
 
-from collections.abc import Mapping
+import functools
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -58,50 +59,72 @@ def with_factors(gradients: Mapping[str, Any], factors: Mapping[str, Any]) -> di
     }
 
 
-def project(rows: jax.Array, kernel: jax.Array, taps: Factors | None = None) -> jax.Array:
-    """``rows @ kernel``: ``(N, D)`` by ``(D, K)`` to ``(N, K)``; no forward-mode derivative."""
-    return _project(rows, kernel) if taps is None else _project_tapped(rows, kernel, taps)
+class Products(NamedTuple):
+    """How products are worked out. Those there are differ in speed and in last bits alone.
 
+    Attributes:
+        project: ``(rows (N, D), kernel (D, K)) -> (N, K)``.
+        project_back: ``(rows (N, K), kernel (D, K)) -> (N, D)``.
+    """
 
-def project_back(rows: jax.Array, kernel: jax.Array, taps: Factors | None = None) -> jax.Array:
-    """``rows @ kernel.T``: ``(N, K)`` by ``(D, K)`` to ``(N, D)``; no forward-mode derivative."""
-    return _project_back(rows, kernel) if taps is None else _project_back_tapped(rows, kernel, taps)
-
-
-@jax.custom_vjp
-def _project(rows, kernel):
-    return _project_turned(_turn(rows), kernel)
-
-
-@jax.custom_vjp
-def _project_back(rows, kernel):
-    return jax.lax.optimization_barrier(kernel @ rows.T).T  # (D, K) (K, N) -> (D, N) -> (N, D)
-
-
-@jax.custom_vjp
-def _project_tapped(rows, kernel, taps):
-    del taps
-    return _project(rows, kernel)
-
-
-@jax.custom_vjp
-def _project_back_tapped(rows, kernel, taps):
-    del taps
-    return _project_back(rows, kernel)
-
-
-@jax.custom_vjp
-def score(frames: jax.Array, probes: jax.Array) -> jax.Array:
-    """``frames @ probes.T``: many ``(N, D)`` by few ``(Q, D)`` to ``(N, Q)``; no forward-mode derivative."""
-    return frames @ probes.T  # (N, D) (D, Q) -> (N, Q)
+    project: Callable
+    project_back: Callable
 
 
 def _turn(rows):
     return jax.lax.optimization_barrier(rows.T)
 
 
-def _project_turned(turned, kernel):
-    return jax.lax.dot_general(turned, kernel, (((0,), (0,)), ((), ())))  # (D, N) (D, K) -> (N, K)
+def _project_turned(rows, kernel):
+    return jax.lax.dot_general(_turn(rows), kernel, (((0,), (0,)), ((), ())))  # (D, N) (D, K) -> (N, K)
+
+
+def _project_back_turned(rows, kernel):
+    return jax.lax.optimization_barrier(kernel @ rows.T).T  # (D, K) (K, N) -> (D, N) -> (N, D)
+
+
+BY_XLA = Products(_project_turned, _project_back_turned)
+
+
+def project(rows: jax.Array, kernel: jax.Array, taps: Factors | None = None, by: Products = BY_XLA) -> jax.Array:
+    """``rows @ kernel``: ``(N, D)`` by ``(D, K)`` to ``(N, K)``; no forward-mode derivative."""
+    return _project(by, rows, kernel) if taps is None else _project_tapped(by, rows, kernel, taps)
+
+
+def project_back(rows: jax.Array, kernel: jax.Array, taps: Factors | None = None, by: Products = BY_XLA) -> jax.Array:
+    """``rows @ kernel.T``: ``(N, K)`` by ``(D, K)`` to ``(N, D)``; no forward-mode derivative."""
+    return _project_back(by, rows, kernel) if taps is None else _project_back_tapped(by, rows, kernel, taps)
+
+
+_with_gradient = functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+
+
+@_with_gradient
+def _project(by, rows, kernel):
+    return by.project(rows, kernel)
+
+
+@_with_gradient
+def _project_back(by, rows, kernel):
+    return by.project_back(rows, kernel)
+
+
+@_with_gradient
+def _project_tapped(by, rows, kernel, taps):
+    del taps
+    return by.project(rows, kernel)
+
+
+@_with_gradient
+def _project_back_tapped(by, rows, kernel, taps):
+    del taps
+    return by.project_back(rows, kernel)
+
+
+@jax.custom_vjp
+def score(frames: jax.Array, probes: jax.Array) -> jax.Array:
+    """``frames @ probes.T``: many ``(N, D)`` by few ``(Q, D)`` to ``(N, Q)``; no forward-mode derivative."""
+    return frames @ probes.T  # (N, D) (D, Q) -> (N, Q)
 
 
 def _outer_products(turned, rows):
@@ -117,42 +140,40 @@ def _added_up(turned, rows):
     return jnp.sum(turned[:, :, None] * rows[None], axis=1)  # (D, N, 1) (1, N, K) -> (D, K)
 
 
-def _project_forward(rows, kernel):
-    turned = _turn(rows)  # (N, D) -> (D, N)
-    return _project_turned(turned, kernel), (turned, kernel)
+def _project_forward(by, rows, kernel):
+    return _project(by, rows, kernel), (rows, kernel)
 
 
-def _project_backward(kept, cotangent):
-    turned, kernel = kept
-    return _project_back(cotangent, kernel), _outer_products(turned, cotangent)  # (N, D), (D, N) (N, K) -> (D, K)
-
-
-def _project_back_forward(rows, kernel):
-    return _project_back(rows, kernel), (rows, kernel)
-
-
-def _project_back_backward(kept, cotangent):
+def _project_backward(by, kept, cotangent):
     rows, kernel = kept
-    turned = _turn(cotangent)  # (N, D) -> (D, N)
-    return _project_turned(turned, kernel), _outer_products(turned, rows)  # (N, K), (D, N) (N, K) -> (D, K)
+    return _project_back(by, cotangent, kernel), Factors(rows, cotangent).product()
 
 
-def _project_tapped_forward(rows, kernel, taps):
-    return _project_tapped(rows, kernel, taps), (rows, kernel)
+def _project_back_forward(by, rows, kernel):
+    return _project_back(by, rows, kernel), (rows, kernel)
 
 
-def _project_tapped_backward(kept, cotangent):
+def _project_back_backward(by, kept, cotangent):
     rows, kernel = kept
-    return _project_back(cotangent, kernel), None, Factors(rows, cotangent)
+    return _project(by, cotangent, kernel), Factors(cotangent, rows).product()
 
 
-def _project_back_tapped_forward(rows, kernel, taps):
-    return _project_back_tapped(rows, kernel, taps), (rows, kernel)
+def _project_tapped_forward(by, rows, kernel, taps):
+    return _project_tapped(by, rows, kernel, taps), (rows, kernel)
 
 
-def _project_back_tapped_backward(kept, cotangent):
+def _project_tapped_backward(by, kept, cotangent):
     rows, kernel = kept
-    return _project(cotangent, kernel), None, Factors(cotangent, rows)
+    return _project_back(by, cotangent, kernel), None, Factors(rows, cotangent)
+
+
+def _project_back_tapped_forward(by, rows, kernel, taps):
+    return _project_back_tapped(by, rows, kernel, taps), (rows, kernel)
+
+
+def _project_back_tapped_backward(by, kept, cotangent):
+    rows, kernel = kept
+    return _project(by, cotangent, kernel), None, Factors(cotangent, rows)
 
 
 _project.defvjp(_project_forward, _project_backward)
@@ -173,7 +194,11 @@ def _score_backward(kept, cotangent):
 score.defvjp(_score_forward, _score_backward)
 
 
-def project_general(rows, kernel, dimension_numbers, precision=None, preferred_element_type=None):
-    """:func:`project` for ``flax.linen.Dense(dot_general=...)`` on ``(N, D)``; the other arguments are Dense's own."""
-    del dimension_numbers, precision, preferred_element_type
-    return project(rows, kernel)
+def dense_product(by: Products) -> Callable:
+    """:func:`project` for ``flax.linen.Dense(dot_general=...)`` on ``(N, D)``."""
+    return functools.partial(_project_dense, by=by)
+
+
+def _project_dense(rows, kernel, dimension_numbers, precision=None, preferred_element_type=None, *, by):
+    del dimension_numbers, precision, preferred_element_type  # Dense's own
+    return project(rows, kernel, by=by)

@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 from mer_jax.errors import UserError
 from mer_jax.fields import FLAG, MANY, SECTION, TEXT, Kind, Kinds, check_fields, one_of, whole
-from mer_jax.models import cpu_blocks, cpu_pooling, mqa, pieces, tiles
+from mer_jax.models import cpu_blocks, cpu_fusion, mqa, pieces, tiles
 from mer_jax.models.convolution import Implementation
 from mer_jax.models.fusion import DROPOUT_KINDS, FUSIONS, FusionClassifier
 from mer_jax.models.micro_attnet import MicroAttNet
@@ -217,7 +217,7 @@ def _check_size(shape: tuple[int, ...], least: int) -> None:
 
 
 def _build_fusion(config: Mapping, modalities: tuple[str, ...], num_classes: int, platform: str) -> Learner:
-    compiled = platform == "cpu" and bool(cpu_pooling.version())
+    compiled = platform == "cpu" and bool(cpu_fusion.version())
     queries = config["num_queries"]
     model = FusionClassifier(
         num_queries={modality: queries[modality] for modality in modalities},
@@ -227,7 +227,7 @@ def _build_fusion(config: Mapping, modalities: tuple[str, ...], num_classes: int
         feature_dropout_kind=config["feature_dropout_kind"],
         key_dim=config["key_dim"],
         hidden_dim=config["hidden_dim"],
-        pool=cpu_pooling.pool_frames if compiled else mqa.pool_frames,
+        implementation=cpu_fusion.IMPLEMENTATION if compiled else mqa.IMPLEMENTATION,
     )
 
     def init(key, inputs):

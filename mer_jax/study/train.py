@@ -33,10 +33,10 @@ from mer_jax.files import (
     read_arrays,
     read_json,
 )
-from mer_jax.models import cpu_blocks
+from mer_jax.models import cpu_blocks, cpu_fusion
 from mer_jax.models.registry import CONVOLUTIONAL, Learner, build_learner
 from mer_jax.progress import Silent, progress, skip
-from mer_jax.study import engine, shown
+from mer_jax.study import cpu_adam, engine, shown
 from mer_jax.study.checkpoints import BlockCheckpoints, save_tree
 from mer_jax.study.data import (
     MULTI_CLASS,
@@ -481,21 +481,27 @@ def block_size(num_members: int, num_devices: int, device_kind: str, wanted: int
     return -(-num_members // (num_devices * rounds))
 
 
-def _settled_block_size(workdir: Path, chosen: int | None, platform: str, convolutions: str) -> int:
+def _compiled_code(model: str) -> str:
+    """What C++ a CPU trains a model with, '' for none."""
+    versions = (cpu_blocks if model in CONVOLUTIONAL else cpu_fusion).version(), cpu_adam.version()
+    return ", ".join(filter(None, versions))
+
+
+def _settled_block_size(workdir: Path, chosen: int | None, platform: str, compiled: str) -> int:
     """The block size that the run began with: a resumed run cuts its members into the same blocks.
 
     Args:
         workdir: Folder of the run.
         chosen: What a new run settles; None in a process that follows another.
         platform: Of the devices.
-        convolutions: The version of a CPU's compiled convolutions, '' for none.
+        compiled: The version of a CPU's compiled code, '' for none.
 
     Returns:
         The number of members of a block.
 
     Raises:
-        UserError: The run began on another kind of device, or with other loops or convolutions: results differ in
-                their last bits.
+        UserError: The run began on another kind of device, or with other loops or compiled code: results differ
+                in their last bits.
     """
     path = workdir / _BLOCKS
     merged = loops_are_merged()
@@ -504,7 +510,7 @@ def _settled_block_size(workdir: Path, chosen: int | None, platform: str, convol
             "members_together": chosen,
             "platform": platform,
             "merged_loops": merged,
-            "convolutions": convolutions,
+            "compiled": compiled,
         }
         atomic_write_text(path, json.dumps(settled) + "\n")
     again = "delete it and run the same command again, which settles it anew"
@@ -522,11 +528,12 @@ def _settled_block_size(workdir: Path, chosen: int | None, platform: str, convol
             f"{workdir} holds a study that began {began} XLA's merged loops and would go on {goes_on} them; add "
             f"--{OPTIONS}={option} to XLA_FLAGS before JAX starts, or choose another --workdir"
         )
-    if (began := settled.get("convolutions", "")) != convolutions:
+    if (began := settled.get("compiled", "")) != compiled:
         remedy = "set CXX to the C++ compiler that it began with" if began else "set CXX= to go without"
         raise UserError(
-            f"{workdir} holds a study that began with {began or 'no'} compiled convolutions and would go on with "
-            f"{convolutions or 'none'}; {remedy}, on the same kind of CPU, or choose another --workdir"
+            f"{workdir} holds a study that began with {began or 'no'} compiled C++ and would go on with "
+            f"{compiled or 'none'}; {remedy}, on the same kind of CPU and with the same version of this software, or "
+            "choose another --workdir"
         )
     return settled["members_together"]
 
@@ -591,7 +598,7 @@ def _train_on(
 ) -> int:
     platform, num_members = devices[0].platform, len(plan.members)
     one_by_one = platform == "cpu"
-    convolutions = cpu_blocks.version() if one_by_one and config.model.name in CONVOLUTIONAL else ""
+    compiled = _compiled_code(config.model.name) if one_by_one else ""
     if group.leads:
         _tell_devices(group, devices)
     told = group.wait("devices")
@@ -622,7 +629,7 @@ def _train_on(
         if not (config.study.members_together or (workdir / _BLOCKS).is_file()):
             memory = fit(wanted)
             wanted = memory.together
-        size = _settled_block_size(workdir, wanted, platform, convolutions)
+        size = _settled_block_size(workdir, wanted, platform, compiled)
         blocks = _blocks(num_members, size)
         _gather_metrics(workdir, plan, blocks)
         if compiles_by_timing(platform):
@@ -630,7 +637,7 @@ def _train_on(
             compile_ends(programs, plan.arrays, plan.inputs[0], devices[0], memory.together)
         group.tell("ready", finished=False)
     else:
-        size = _settled_block_size(workdir, None, platform, convolutions)
+        size = _settled_block_size(workdir, None, platform, compiled)
         blocks = _blocks(num_members, size)
     devices = devices[: len(blocks)]
     if memory is None or memory.together != size:

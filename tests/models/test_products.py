@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from mer_jax.models import products
-from mer_jax.models.products import project, project_back, project_general
+from mer_jax.models.products import BY_XLA, dense_product, project, project_back
 
 PRODUCTS = {
     "project": (project, (6, 40), lambda rows, kernel: rows @ kernel),
@@ -61,6 +61,6 @@ def test_gradients_are_finite_differences_and_hold_over_members(name, rng):
 
 def test_a_dense_layer_may_use_it(rng):
     x = rng.normal(size=(6, 40)).astype(np.float32)
-    layer = nn.Dense(24, dot_general=project_general)
+    layer = nn.Dense(24, dot_general=dense_product(BY_XLA))
     variables = layer.init(jax.random.key(0), x)
     np.testing.assert_allclose(layer.apply(variables, x), nn.Dense(24).apply(variables, x), rtol=1e-5, atol=1e-6)

@@ -1,8 +1,8 @@
-"""Multi-query attention pooling on a CPU, by C++ that reads frames where they lie (``cpu_pooling.cc``).
+"""The large arrays of fusion on a CPU, by C++ (``cpu_pooling.cc``, ``cpu_products.cc``).
 
 XLA fetches a batch's frames, scales them by their dropout mask, and reads what it has written four times: for scores,
 for the pooled frames and for the gradients of both. The C++ reads a clip's frames from the data set, twice, and writes
-nothing as large as they are.
+nothing as large as they are. XLA packs or turns the factors of a product before and after it; the C++ does not.
 """
 
 from pathlib import Path
@@ -13,15 +13,21 @@ import numpy as np
 from jax.custom_derivatives import SymbolicZero
 
 from mer_jax import compiled
+from mer_jax.models.mqa import Implementation
+from mer_jax.models.products import Products
 from mer_jax.models.stored import Stored
 
-_SOURCE = Path(__file__).with_suffix(".cc")
-_TARGETS = ("mer_jax_pool", "mer_jax_pool_gradient")
+_FOLDER = Path(__file__).parent
+_OPERATIONS = {
+    "cpu_pooling.cc": ("mer_jax_pool", "mer_jax_pool_gradient"),
+    "cpu_products.cc": ("mer_jax_project", "mer_jax_project_back"),
+}
 
 
 def version() -> str:
     """What was compiled, as :func:`mer_jax.compiled.version` has it; empty where this machine cannot."""
-    return compiled.version(_SOURCE, _TARGETS)
+    versions = [compiled.version(_FOLDER / source, targets) for source, targets in _OPERATIONS.items()]
+    return ", ".join(versions) if all(versions) else ""
 
 
 def pool_frames(
@@ -41,6 +47,14 @@ def pool_frames(
         feature_scale = jnp.zeros((0, width))  # the C++'s word for none
     data, feature_scale = frames.data.astype(jnp.float32), feature_scale.astype(jnp.float32)
     return _pool(data, frames.fold, frames.index, frame_mask, feature_scale, probes)
+
+
+def _project(rows, kernel):
+    return _call("mer_jax_project", [(rows.shape[0], kernel.shape[1])], rows, kernel)[0]
+
+
+def _project_back(rows, kernel):
+    return _call("mer_jax_project_back", [(rows.shape[0], kernel.shape[0])], rows, kernel)[0]
 
 
 def _call(target: str, results: list[tuple[int, ...]], *arrays: jax.Array) -> list[jax.Array]:
@@ -73,3 +87,6 @@ def _pool_backward(kept, cotangents):
 
 
 _pool.defvjp(_pool_forward, _pool_backward, symbolic_zeros=True)
+
+
+IMPLEMENTATION = Implementation(pool_frames, Products(_project, _project_back))
