@@ -57,6 +57,18 @@ def rng(request):
     return np.random.default_rng(list(request.node.nodeid.encode()))
 
 
+@pytest.fixture
+def compiled():
+    """A CPU's own code. Where there is a C++ compiler it must be had; without one there is none to test."""
+    from mer_jax import compiled as code
+    from mer_jax.models import cpu_blocks, cpu_fusion
+    from mer_jax.study import cpu_adam
+
+    if not code._compiler():
+        pytest.skip("no C++ compiler here")
+    assert cpu_blocks.version() and cpu_fusion.version() and cpu_adam.version()
+
+
 @pytest.fixture(scope="session")
 def make_cluster(tmp_path_factory):
     """Starts schedulers, to which tests start workers: ``make_cluster()``, see ``local_cluster.LocalCluster``."""

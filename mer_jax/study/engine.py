@@ -308,22 +308,26 @@ def _gradient_size(gradients) -> jax.Array:
     """A sum of squares that is finite where all gradients are.
 
     The gradient of a large kernel is a product of two matrices, so that what is not finite in one of them spoils a
-    whole row or column. The two, where they are at hand, or else its first row and its first column meet all of these;
-    reading all of it takes as long as a tenth of the update. What overflows in the product alone makes the next step's
-    loss NaN, or the predictions.
+    whole row or column. Its first row and its first column meet all of these; reading all of it takes as long as a
+    tenth of the update. What overflows in the product alone makes the next step's loss NaN, or the predictions. Where
+    the two matrices are at hand, no square in their product is larger than the product of their sums of squares
+    (Cauchy and Schwarz).
     """
-    witnesses = []
+    witnesses, bounds = [], 0.0
     for gradient in jax.tree.leaves(gradients, is_leaf=lambda node: isinstance(node, Factors)):
         if isinstance(gradient, Factors):
-            witnesses += [factor.ravel() for factor in gradient]
+            bounds += _squares(gradient.left.ravel()) * _squares(gradient.right.ravel())
         elif gradient.ndim < 2 or gradient.size < _LARGE_KERNEL:
             witnesses.append(gradient.ravel())
         else:
             matrix = gradient.reshape(-1, gradient.shape[-1])
             witnesses += [matrix[0], matrix[:, 0]]
     # A sum for each of them would be three programs of XLA's, longer to call than run.
-    flat = jnp.concatenate(witnesses)
-    return jnp.dot(flat, flat, precision="highest")
+    return _squares(jnp.concatenate(witnesses)) + bounds
+
+
+def _squares(values: jax.Array) -> jax.Array:
+    return jnp.dot(values, values, precision="highest")
 
 
 def train_epoch(

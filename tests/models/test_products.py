@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from mer_jax.models import products
-from mer_jax.models.products import BY_XLA, dense_product, project, project_back
+from mer_jax.models.products import BY_XLA, Factors, dense_product, no_factors, project, project_back, with_factors
 
 PRODUCTS = {
     "project": (project, (6, 40), lambda rows, kernel: rows @ kernel),
@@ -64,3 +64,29 @@ def test_a_dense_layer_may_use_it(rng):
     layer = nn.Dense(24, dot_general=dense_product(BY_XLA))
     variables = layer.init(jax.random.key(0), x)
     np.testing.assert_allclose(layer.apply(variables, x), nn.Dense(24).apply(variables, x), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", PRODUCTS)
+def test_taps_get_the_factors_of_the_kernels_gradient(name, rng):
+    product, shape, _ = PRODUCTS[name]
+    rows, kernel = rng.normal(size=shape).astype(np.float32), rng.normal(size=(40, 24)).astype(np.float32)
+
+    def loss(rows, kernel, taps):
+        return jnp.sin(product(rows, kernel, taps)).sum()
+
+    expected = jax.grad(loss, (0, 1))(rows, kernel, None)
+    of_rows, of_kernel, factors = jax.grad(loss, (0, 1, 2))(rows, kernel, no_factors(len(rows), kernel))
+    np.testing.assert_array_equal(of_rows, expected[0])
+    np.testing.assert_array_equal(of_kernel, 0.0)
+    np.testing.assert_allclose(factors.product(), expected[1], rtol=1e-6)
+    np.testing.assert_allclose(factors.left.T @ factors.right, expected[1], rtol=1e-4, atol=1e-5)
+
+
+def test_factors_take_the_place_of_their_kernels():
+    factors = Factors(jnp.ones((1, 2)), jnp.ones((1, 3)))
+    gradients = {"pool": {"kernel": 0, "query": 1}, "head": {"bias": 2}}
+    assert with_factors(gradients, {"pool": {"kernel": factors}}) == {
+        "pool": {"kernel": factors, "query": 1},
+        "head": {"bias": 2},
+    }
+    assert with_factors(gradients, {}) == gradients

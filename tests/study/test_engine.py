@@ -8,6 +8,7 @@ import numpy as np
 import optax
 import pytest
 
+from mer_jax.models.products import Factors
 from mer_jax.models.registry import Learner, build_learner
 from mer_jax.study import engine
 from mer_jax.study.members import HYPER_NAMES, Member, member_key
@@ -282,6 +283,63 @@ def test_no_broken_value_of_a_large_kernels_gradient_stays_unseen(rng, broken):
             factor[place] = kept
             for kernel in (gradient, gradient.reshape(3, 3, 32, 64)):
                 assert not np.isfinite(size({"kernel": kernel, "bias": np.zeros(64, np.float32)}))
+
+
+@pytest.mark.parametrize("broken", [np.nan, np.inf, -np.inf, 1e25])
+def test_no_broken_value_of_a_gradients_factors_stays_unseen(rng, broken):
+    size = jax.jit(engine._gradient_size)
+    left, right = rng.normal(size=(6, 300)).astype(np.float32), rng.normal(size=(6, 64)).astype(np.float32)
+    bias = np.zeros(64, np.float32)
+    assert np.isfinite(size({"kernel": Factors(left, right), "bias": bias}))
+    for factor in (left, right):
+        for _ in range(20):
+            place = tuple(rng.integers(side) for side in factor.shape)
+            kept, factor[place] = factor[place], broken
+            assert not np.isfinite(size({"kernel": Factors(left, right), "bias": bias}))
+            factor[place] = kept
+    # Both are finite, and so are their squares; those of the product are not.
+    assert not np.isfinite(size({"kernel": Factors(left * 1e15, right * 1e15), "bias": bias}))
+
+
+@pytest.mark.usefixtures("compiled")
+@pytest.mark.parametrize("one_by_one", [True, False])
+def test_training_by_compiled_code_is_that_by_xla(one_by_one, monkeypatch):
+    members = [member(fold, seed, dropout=0.2, feature_dropout=0.1) for fold, seed in ((0, 1), (2, 5))]
+    data, block = on_device((arrays(), engine.stack_members(members)))
+
+    def results():
+        own = build_learner(MODEL, tuple(WIDTHS), 5, "cpu")
+        compiled = engine.make_programs(own, RECIPE, 3, one_by_one=one_by_one)
+        epochs = compiled.epochs.lower(data, block, compiled.init(data, block), jnp.arange(1, 7)).as_text()
+        state, watch = compiled.epochs(data, block, compiled.init(data, block), jnp.arange(1, 7))
+        return (state.variables, watch, compiled.finish(data, block, state)), "mer_jax_adam" in epochs
+
+    ours, by_compiled_code = results()
+    monkeypatch.setattr("mer_jax.models.cpu_fusion.version", lambda: "")
+    monkeypatch.setattr("mer_jax.study.cpu_adam.version", lambda: "")
+    theirs, other_code = results()
+    assert (by_compiled_code, other_code) == (True, False)
+    jax.tree.map(lambda one, other: np.testing.assert_allclose(one, other, rtol=1e-3, atol=1e-4), ours, theirs)
+
+
+@pytest.mark.usefixtures("compiled")
+def test_members_of_compiled_code_keep_every_bit_whatever_their_neighbours_and_calls():
+    members = [member(fold, seed, dropout=0.2, feature_dropout=0.1) for fold, seed in TEN[:3]]
+    compiled = engine.make_programs(build_learner(MODEL, tuple(WIDTHS), 5, "cpu"), RECIPE, 3, one_by_one=True)
+
+    def results(members, calls):
+        data, block = on_device((arrays(), engine.stack_members(members)))
+        state, watches = compiled.init(data, block), []
+        for numbers in calls:
+            state, watch = compiled.epochs(data, block, state, jnp.array(numbers))
+            watches.append(jax.device_get(watch))
+        joined = jax.tree.map(lambda *parts: np.concatenate(parts, axis=1), *watches)
+        return jax.device_get((state.variables, joined, compiled.finish(data, block, state)))
+
+    whole = results(members, [[1, 2, 3, 4, 5, 6]])
+    for order in ([1, 1, 1], [2, 0, 1]):
+        some = results([members[place] for place in order], [[1, 2], [3, 4, 5, 6]])
+        jax.tree.map(lambda one, other, order=order: np.testing.assert_array_equal(one, other[order]), some, whole)
 
 
 def test_training_equals_a_plain_loop():
