@@ -19,6 +19,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from benchmarks.jobs import WIDTHS, Job, on_threads, prepare_engine, seconds, take_turns
+from mer_jax.models.products import with_factors
+from mer_jax.models.stored import Stored
 from mer_jax.study.engine import predict_watched, sample_losses, take_samples
 
 PHASES = ("gather", "dropout", "forward", "backward", "update", "watch")
@@ -39,6 +41,8 @@ class Layer:
             need gradients, 1 where one of them does or the layer is element-wise.
         to_inputs: Whether a gradient goes on to the inputs; not to data.
         kept: Values that backward cannot do without and that are not given anyway.
+        handed_on: Values of the gradient of its parameters as it is handed on to the update, where that is as factors
+            of a product; 0 for the gradient itself.
     """
 
     name: str
@@ -49,6 +53,12 @@ class Layer:
     backward: float = 1.0
     to_inputs: bool = True
     kept: float = 0
+    handed_on: float = 0
+
+    @property
+    def gradients(self) -> float:
+        """Values that the update gets of it."""
+        return self.handed_on or self.parameters
 
 
 @dataclasses.dataclass(frozen=True)
@@ -121,7 +131,15 @@ def fusion_layers(model, batch: float, frames: int, num_classes: int) -> list[La
         queries = model.num_queries[name]
         frame, attended = batch * frames * width, batch * queries * frames
         layers.append(
-            Layer(f"{name} probes", 2 * queries * d * width, 0, queries * width, d * (queries + width), backward=2.0)
+            Layer(
+                f"{name} probes",
+                2 * queries * d * width,
+                0,
+                queries * width,
+                d * (queries + width),
+                backward=2.0,
+                handed_on=queries * (width + 2 * d),  # two factors, and the gradient of the queries
+            )
         )
         layers.append(elementwise(f"{name} dropped frames", frame, 1, to_inputs=False))
         layers += [
@@ -134,7 +152,7 @@ def fusion_layers(model, batch: float, frames: int, num_classes: int) -> list[La
             ),
             elementwise(f"{name} attention", attended, 6, kept=attended),
             Layer(f"{name} pooling", 2 * frame, frame, batch * width, kept=batch * width),
-            dense(f"{name} values", batch, width, d, kept=batch * d),
+            dense(f"{name} values", batch, width, d, kept=batch * d, handed_on=batch * (width + d)),
         ]
     count = len(WIDTHS)
     return [
@@ -283,7 +301,7 @@ def forward_work(layers: Sequence[Layer], batch_values: float) -> Work:
 
 
 def backward_work(layers: Sequence[Layer], batch_values: float) -> Work:
-    """Backward: reads batch, parameters and what forward kept, writes gradients of the parameters.
+    """Backward: reads batch, parameters and what forward kept, writes gradients of the parameters or their factors.
 
     Layer by layer, each reads its inputs, its parameters and its output's gradient and writes the gradients of the
     parameters and, unless they are data, of the inputs.
@@ -294,26 +312,31 @@ def backward_work(layers: Sequence[Layer], batch_values: float) -> Work:
     )
     return Work(
         sum(layer.arithmetic * layer.backward for layer in layers),
-        _FLOAT * (batch_values + 2 * parameters + kept + layers[-1].outputs),
+        _FLOAT * (batch_values + parameters + sum(layer.gradients for layer in layers) + kept + layers[-1].outputs),
         _FLOAT * layered,
     )
 
 
-def update_work(parameters: int) -> Work:
+def update_work(parameters: int, gradients: float | None = None) -> Work:
     """Adam(W): about 16 operations a parameter and 2 for the norm of the gradients.
 
-    Parameters, gradients and both moments are read, all but the gradients are written: 28 bytes a parameter.
+    Parameters and both moments are read and written, 24 bytes a parameter, and gradients are read.
+
+    Args:
+        parameters: How many.
+        gradients: Values that gradients are handed on as; as many as parameters unless given.
     """
-    moved = 7 * _FLOAT * parameters
-    return Work(18 * parameters, moved, moved)
+    layered = 7 * _FLOAT * parameters
+    return Work(18 * parameters, layered if gradients is None else _FLOAT * (6 * parameters + gradients), layered)
 
 
 def phase_works(job: Job) -> dict[str, Work]:
     """What each of ``PHASES`` takes for one member-step, on the average over an epoch's full batches and its rest.
 
-    ``gather`` reads a batch and writes it together. ``dropout`` takes 22 operations a value of the masks (two rounds of
-    a 32-bit mixer, and the comparison) and need not store any; layer by layer it does. ``watch`` is gather and forward
-    over the samples that are watched, and a copy of the variables of the best epoch, divided by the steps of an epoch.
+    ``gather`` reads a batch and writes it together; a model that reads samples where they lie needs none. ``dropout``
+    takes 22 operations a value of the masks (two rounds of a 32-bit mixer, and the comparison) and need not store any;
+    layer by layer it does. ``watch`` is gather and forward over the samples that are watched, and a copy of the
+    variables of the best epoch, divided by the steps of an epoch.
     """
     member, recipe = job.plan.inputs[0], job.plan.recipe
     train_size = int(np.sum(member.train_mask))
@@ -326,7 +349,8 @@ def phase_works(job: Job) -> dict[str, Work]:
     parameters = sum(layer.parameters for layer in layers)
     forward = forward_work(layers, mean_batch * samples)
     masks = mask_values(job, mean_batch)
-    gather = Work(0.0, 2 * _FLOAT * mean_batch * samples, 2 * _FLOAT * mean_batch * samples)
+    copied = 2 * _FLOAT * mean_batch * samples
+    gather = Work(0.0, copied if "flow" in job.plan.arrays.inputs else 0.0, copied)
     share = int(np.sum(member.watched_inner | member.watched_heldout)) / mean_batch  # in batches
     kept = _FLOAT * sum(layer.kept for layer in layers)
     best = 2 * _FLOAT * parameters / steps
@@ -340,17 +364,22 @@ def phase_works(job: Job) -> dict[str, Work]:
         "dropout": Work(22.0 * masks, 0.0, 2 * _FLOAT * masks),
         "forward": forward,
         "backward": backward_work(layers, mean_batch * samples),
-        "update": update_work(parameters),
+        "update": update_work(parameters, sum(layer.gradients for layer in layers)),
         "watch": watch,
     }
+
+
+def _is_stored(node) -> bool:
+    return isinstance(node, Stored)
 
 
 def phase_times(job: Job, repeats: int) -> dict[str, float]:
     """What the study's engine takes for each phase, in ms a member-step, all cores at work.
 
-    An epoch of one block a device runs as programs of its own that end sooner or later: after the gather, after a
-    forward pass without and with dropout, after the backward pass; a phase is the difference of two. The update is
-    what is left of a study's real program, watching taken off; so the sum is that program's time.
+    An epoch of one block a device runs as programs of its own that end sooner or later: after the gather (where samples
+    are read where they lie, of nothing but their numbers), after a forward pass without and with dropout, after the
+    backward pass; a phase is the difference of two. The update is what is left of a study's real program, watching
+    taken off; so the sum is that program's time.
 
     Args:
         job: What is trained; as many of its members take part as fill a block a device.
@@ -373,23 +402,27 @@ def phase_times(job: Job, repeats: int) -> dict[str, float]:
                 # The compiler may not take what does not change out of the loop.
                 params, _ = jax.lax.optimization_barrier(carry)
                 index = jax.lax.dynamic_slice(order, (number * recipe.batch_size,), (size,))
-                inputs, labels = take_samples(arrays, member.fold, index), arrays.labels[index]
+                inputs, labels = take_samples(arrays, member.fold, index, learner.stored), arrays.labels[index]
                 if phase == "gather":
-                    return (params, jax.tree.map(lambda x: x[:plan_batch], inputs)), None
+                    taken = jax.tree.map(lambda x: x.index if _is_stored(x) else x, inputs, is_leaf=_is_stored)
+                    return (params, jax.tree.map(lambda x: x[:plan_batch], taken)), None
                 key = jax.random.fold_in(member.key, number)
                 hyper = no_dropout if phase == "forward" else member.hyper
 
                 # With a constant mask, or without the running statistics, the compiler would leave work out.
                 mask = number * recipe.batch_size + jnp.arange(size) < jnp.sum(member.train_mask)
 
-                def loss(params):
-                    variables = {**state.variables, "params": params}
+                def loss(params, taps):
+                    variables = {**state.variables, "params": params, "taps": taps}
                     logits, collections, _ = learner.apply(variables, inputs, mask, True, hyper, key)
                     losses = sample_losses(recipe, logits, labels, None, member.hyper)
                     return jnp.sum(losses * mask) / jnp.sum(mask), collections
 
-                value = jax.value_and_grad(loss, has_aux=True)(params) if phase == "backward" else loss(params)
-                return (params, value), None
+                taps = learner.taps(params, size)
+                if phase != "backward":
+                    return (params, loss(params, taps)), None
+                value, (gradients, factors) = jax.value_and_grad(loss, (0, 1), has_aux=True)(params, taps)
+                return (params, (value, with_factors(gradients, factors))), None
 
             params = state.variables["params"]
             plan_batch = plan.last_batch or recipe.batch_size

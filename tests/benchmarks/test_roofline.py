@@ -39,6 +39,14 @@ def test_a_dense_network_by_hand():
 def test_an_update_by_hand():
     work = roofline.update_work(10)
     assert (work.arithmetic, work.needed, work.layered) == (180, 280, 280)
+    assert roofline.update_work(10, gradients=3) == roofline.Work(180, 4 * (60 + 3), 280)
+
+
+def test_gradients_that_are_handed_on_as_factors_by_hand():
+    layer = roofline.dense("one", 2, 30, 40, handed_on=2 * 70)
+    work = roofline.backward_work([layer], 60)
+    assert work.needed == 4 * (60 + 1200 + 140 + 80)  # batch, parameters, factors, the output's gradient
+    assert work.layered == 4 * (80 + 2 * 60 + 2 * 1200)
 
 
 def test_the_floor_is_the_longer_of_arithmetic_and_bytes():
