@@ -16,6 +16,7 @@ pieces; ``--tables`` joins the pieces.
 """
 
 import argparse
+import functools
 import itertools
 import json
 import platform
@@ -326,7 +327,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     given = parser.parse_args(arguments)
     if given.tables:
         rows = [json.loads(line) for line in given.tables.read_text().splitlines()]
-        for model in MODELS:
+        for model in filter(functools.partial(joined, rows), MODELS):
             print(f"\n{TITLES[model]}\n\n{time_table(rows, model)}")
         print("\n" + "\n\n".join(phase_table(row) for row in rows if row["kind"] == "phases"))
         if given.plot:
