@@ -2,9 +2,7 @@
 
 XLA's CPU backend writes each step over a large map to memory and reads it for the next, and its products of small
 kernels do not come near the rate of large ones. The C++ convolves, sums up and pools a row at a time in the registers
-and the cache of a core. It is compiled for the machine's own processor by the C++ compiler that the environment
-variable ``CXX`` names, or the first of c++, g++ and clang++ there is, and kept in ``$XDG_CACHE_HOME/mer_jax`` (else
-``~/.cache/mer_jax``). ``CXX=`` (empty) goes without.
+and the cache of a core.
 """
 
 from pathlib import Path

@@ -98,7 +98,7 @@ inline float total(typename VectorOf<kBytes>::Type vector) {
   }
 }
 
-// exp(x) for x <= 0, to two last bits; 0 below -87. The same on all machines, which the standard library's is not.
+// exp(x) for x <= 0, to two last bits; 0 below -87. The same whatever the standard library.
 inline float exponential(float x) {
   const float bounded = x < -87.0f ? -87.0f : x;  // what is no number stays so
   constexpr float kShift = 12582912.0f;           // 1.5 2^23: adding it rounds to whole numbers

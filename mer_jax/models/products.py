@@ -88,35 +88,22 @@ BY_XLA = Products(_project_turned, _project_back_turned)
 
 def project(rows: jax.Array, kernel: jax.Array, taps: Factors | None = None, by: Products = BY_XLA) -> jax.Array:
     """``rows @ kernel``: ``(N, D)`` by ``(D, K)`` to ``(N, K)``; no forward-mode derivative."""
-    return _project(by, rows, kernel) if taps is None else _project_tapped(by, rows, kernel, taps)
+    return _project(by, rows, kernel, taps)
 
 
 def project_back(rows: jax.Array, kernel: jax.Array, taps: Factors | None = None, by: Products = BY_XLA) -> jax.Array:
     """``rows @ kernel.T``: ``(N, K)`` by ``(D, K)`` to ``(N, D)``; no forward-mode derivative."""
-    return _project_back(by, rows, kernel) if taps is None else _project_back_tapped(by, rows, kernel, taps)
+    return _project_back(by, rows, kernel, taps)
 
 
-_with_gradient = functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-
-
-@_with_gradient
-def _project(by, rows, kernel):
-    return by.project(rows, kernel)
-
-
-@_with_gradient
-def _project_back(by, rows, kernel):
-    return by.project_back(rows, kernel)
-
-
-@_with_gradient
-def _project_tapped(by, rows, kernel, taps):
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _project(by, rows, kernel, taps):
     del taps
     return by.project(rows, kernel)
 
 
-@_with_gradient
-def _project_back_tapped(by, rows, kernel, taps):
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _project_back(by, rows, kernel, taps):
     del taps
     return by.project_back(rows, kernel)
 
@@ -140,46 +127,30 @@ def _added_up(turned, rows):
     return jnp.sum(turned[:, :, None] * rows[None], axis=1)  # (D, N, 1) (1, N, K) -> (D, K)
 
 
-def _project_forward(by, rows, kernel):
-    return _project(by, rows, kernel), (rows, kernel)
+def _project_forward(by, rows, kernel, taps):
+    return _project(by, rows, kernel, taps), (rows, kernel, taps)
 
 
 def _project_backward(by, kept, cotangent):
-    rows, kernel = kept
-    return _project_back(by, cotangent, kernel), Factors(rows, cotangent).product()
+    rows, kernel, taps = kept
+    return project_back(cotangent, kernel, by=by), *_to_kernel_or_taps(Factors(rows, cotangent), taps)
 
 
-def _project_back_forward(by, rows, kernel):
-    return _project_back(by, rows, kernel), (rows, kernel)
+def _project_back_forward(by, rows, kernel, taps):
+    return _project_back(by, rows, kernel, taps), (rows, kernel, taps)
 
 
 def _project_back_backward(by, kept, cotangent):
-    rows, kernel = kept
-    return _project(by, cotangent, kernel), Factors(cotangent, rows).product()
+    rows, kernel, taps = kept
+    return project(cotangent, kernel, by=by), *_to_kernel_or_taps(Factors(cotangent, rows), taps)
 
 
-def _project_tapped_forward(by, rows, kernel, taps):
-    return _project_tapped(by, rows, kernel, taps), (rows, kernel)
-
-
-def _project_tapped_backward(by, kept, cotangent):
-    rows, kernel = kept
-    return _project_back(by, cotangent, kernel), None, Factors(rows, cotangent)
-
-
-def _project_back_tapped_forward(by, rows, kernel, taps):
-    return _project_back_tapped(by, rows, kernel, taps), (rows, kernel)
-
-
-def _project_back_tapped_backward(by, kept, cotangent):
-    rows, kernel = kept
-    return _project(by, cotangent, kernel), None, Factors(cotangent, rows)
+def _to_kernel_or_taps(factors, taps):
+    return (factors.product(), None) if taps is None else (None, factors)
 
 
 _project.defvjp(_project_forward, _project_backward)
 _project_back.defvjp(_project_back_forward, _project_back_backward)
-_project_tapped.defvjp(_project_tapped_forward, _project_tapped_backward)
-_project_back_tapped.defvjp(_project_back_tapped_forward, _project_back_tapped_backward)
 
 
 def _score_forward(frames, probes):

@@ -1,10 +1,9 @@
 // Adam and AdamW in one pass over memory on a CPU; called from cpu_adam.py through XLA's FFI.
 //
-// Parameters and moments are changed where they lie. The gradient of a large kernel is given as two factors; a few rows
-// of their product are worked out in the first cache, used up and forgotten. One thread works on a call; a study has a
-// member for every core.
+// Parameters and moments are changed where they lie. The gradient of a large kernel is given as two factors; a few
+// vectors of their product are worked out in registers, used up and forgotten. One thread works on a call; a study has
+// a member for every core.
 
-#include <algorithm>
 #include <cmath>
 #include <cstddef>
 #include <cstdint>

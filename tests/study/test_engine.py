@@ -319,7 +319,7 @@ def test_training_by_compiled_code_is_that_by_xla(one_by_one, monkeypatch):
     monkeypatch.setattr("mer_jax.study.cpu_adam.version", lambda: "")
     theirs, other_code = results()
     assert (by_compiled_code, other_code) == (True, False)
-    jax.tree.map(lambda one, other: np.testing.assert_allclose(one, other, rtol=1e-3, atol=1e-4), ours, theirs)
+    jax.tree.map(lambda one, other: np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-4), ours, theirs)
 
 
 @pytest.mark.usefixtures("compiled")
