@@ -405,8 +405,13 @@ class Dense(nn.Module):
     features: int
 
     @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
-        """Maps ``(B, D)`` to ``(B, features)``."""
-        kernel = self.param("kernel", torch_uniform(x.shape[-1]), (x.shape[-1], self.features))
-        bias = self.param("bias", torch_uniform(x.shape[-1]), (self.features,))
-        return x @ kernel + bias[None]
+    def __call__(self, x: jax.Array, *, samples_last: bool = False) -> jax.Array:
+        """Maps ``(B, D)``, or ``(D, B)`` with samples last, to ``(B, features)``."""
+        width = x.shape[0 if samples_last else 1]
+        kernel = self.param("kernel", torch_uniform(width), (width, self.features))
+        bias = self.param("bias", torch_uniform(width), (self.features,))
+        if not samples_last:
+            return x @ kernel + bias[None]
+        product = jax.lax.dot_general(kernel, x, (((0,), (0,)), ((), ())))  # (D, features) (D, B) -> (features, B)
+        # Turned within the product, it takes a CPU ten times as long.
+        return jax.lax.optimization_barrier(product).T + bias[None]

@@ -43,10 +43,9 @@ constexpr int kFeatures = 4;  // 4 x 3 sums, of 16 registers
 constexpr int kVectorBytes = 16;
 constexpr int kFeatures = 4;
 #endif
-constexpr int kHalf = kFeatures / 2;   // of which pairs of pixels take as many registers
-constexpr int kAcross = 3;             // pairs of pixels, or threes of a kernel's taps, in a tile
-constexpr int kPairsAtOnce = 16;       // whose gradients are at hand when the kernel's is summed up
-constexpr int kBandBytes = 256 << 10;  // of the second cache, for inputs
+constexpr int kHalf = kFeatures / 2;  // of which pairs of pixels take as many registers
+constexpr int kAcross = 3;            // pairs of pixels, or threes of a kernel's taps, in a tile
+constexpr int kPairsAtOnce = 16;      // whose gradients are at hand when the kernel's is summed up
 constexpr int kPageBytes = 4096;
 
 template <typename T>
@@ -206,19 +205,15 @@ struct Shape {
 constexpr int kKinds = 4;
 
 // Rows of padded maps as such products take them, (kinds, channels, rows, columns to begin with, pairs): pairs of
-// results begin at even columns, and at odd ones for the second three taps of a kernel.
+// results begin at even columns, and at odd ones for the second three taps of a kernel. There are as many rows as some
+// rows of results are made from, in the first cache if they fit: a new row takes the place of one that is done with.
 template <typename T>
 struct Band {
   Vector<T>* at;
-  int channels, starts, pairs;
-  int at_once, rows;  // of results, and of what they are made from
+  int channels, starts, pairs, rows;
 
   Band(int channels, int results, int size, int pixels)
-      : at(nullptr), channels(channels), starts(size > 3 ? 2 : 1), pairs((pixels + 1) / 2) {
-    const int fitting = kBandBytes / static_cast<int>(kKinds * kVectorBytes * channels * width()) + 1 - size;
-    at_once = std::max(2, std::min(fitting, results));
-    rows = at_once + size - 1;
-  }
+      : at(nullptr), channels(channels), starts(size > 3 ? 2 : 1), pairs((pixels + 1) / 2), rows(results + size - 1) {}
 
   std::size_t width() const { return static_cast<std::size_t>(starts) * pairs; }
   std::size_t plane() const {
@@ -228,58 +223,88 @@ struct Band {
   }
   std::size_t count() const { return kKinds * plane(); }
   std::ptrdiff_t offset(int channel, int row, int column) const {
-    return (static_cast<std::ptrdiff_t>(channel) * rows + row) * width() +
+    return (static_cast<std::ptrdiff_t>(channel) * rows + row % rows) * width() +
            static_cast<std::ptrdiff_t>(column % 2) * pairs + column / 2;
   }
 
-  // Takes a row of `line_for` pixels.
-  static int line_for(int pixels) { return pixels + 4; }
-  void take(const Vector<T>* pixels, int channel, int row) const {
+  // Takes a row of pixels, of which there are `beyond` more than the maps have, `stride` vectors apart.
+  static constexpr int beyond = 4;
+  void take(const Vector<T>* pixels, int stride, int channel, int row) const {
     Vector<T>* to = at + offset(channel, row, 0);
     for (int start = 0; start < starts; ++start)
       for (int pair = 0; pair < pairs; ++pair, ++to) {
-        const Vector<T>* x = pixels + start + 2 * pair;
+        const Vector<T>* from = pixels + (start + 2 * pair) * stride;
+        const Vector<T> x[] = {from[0], from[stride], from[2 * stride], from[3 * stride]};
         to[0] = x[0] - x[2];
         to[plane()] = x[1] + x[2];
         to[2 * plane()] = x[2] - x[1];
         to[3 * plane()] = x[1] - x[3];
       }
   }
+  void take_zeros(int row) const {
+    for (int kind = 0; kind < kKinds; ++kind)
+      for (int c = 0; c < channels; ++c) clear<T>(at + kind * plane() + offset(c, row, 0), width());
+  }
 };
 
-// Takes some rows of samples `start` and following of maps, padded by zeros; of samples that do not count, by a mask or
-// because they are none, zeros as well, whatever they hold. `line` is zero where there are no pixels.
+// The rows of some samples of x, padded by zeros; of samples that do not count, by a mask or because they are none,
+// zeros as well, whatever they hold.
 template <typename T>
-void take(const T* x, const Shape& shape, int start, int lanes, Vector<T> mask, int first, int rows, Vector<T>* line,
-          Vector<T>* across, const Band<T>& to) {
-  const auto counts = mask != 0;
-  const Vector<T> none = {};
-  const int values = shape.width * shape.channels;
-  const T* samples[kLanes<T>];
-  for (int n = 0; shape.batch_first && n < kLanes<T>; ++n)
-    samples[n] = counts[n] && n < lanes ? x + static_cast<std::size_t>(start + n) * shape.height * values : nullptr;
-  for (int row = 0; row < rows; ++row) {
-    const int h = first + row - shape.padding;
-    if (h < 0 || h >= shape.height) {
-      for (int c = 0; c < shape.channels; ++c)
-        for (int kind = 0; kind < kKinds; ++kind)
-          clear<T>(to.at + kind * to.plane() + to.offset(c, row, 0), to.width());
-      continue;
-    }
-    for (int from = 0; shape.batch_first && from < values; from += kLanes<T>) {
-      const int begin = std::max(0, std::min(from, values - kLanes<T>));
-      transpose(samples, static_cast<std::size_t>(h) * values + begin, std::min(values, kLanes<T>), across + begin);
-    }
-    for (int c = 0; c < shape.channels; ++c) {
-      const T* from = x + (static_cast<std::size_t>(c) * shape.height + h) * shape.width * shape.batch + start;
-      for (int w = 0; w < shape.width; ++w)
-        line[shape.padding + w] = shape.batch_first ? across[w * shape.channels + c]
-                                  : counts          ? load(from + static_cast<std::size_t>(w) * shape.batch, lanes)
-                                                    : none;
-      to.take(line, c, row);
+class Source {
+ public:
+  // `line` is zero, and stays so where there are no pixels.
+  Source(const T* x, const Shape& shape, Vector<T>* line) : x_(x), shape_(shape), line_(line) {}
+  static std::size_t line_count(const Shape& shape) {
+    return static_cast<std::size_t>(shape.padded_width() + Band<T>::beyond) * shape.channels + kLanes<T>;
+  }
+
+  // Begins with samples `start` and following.
+  void begin(int start, int lanes, Vector<T> mask) {
+    start_ = start, lanes_ = lanes, next_ = 0, counts_ = mask != 0;
+    for (int n = 0; shape_.batch_first && n < kLanes<T>; ++n)
+      samples_[n] = counts_[n] && n < lanes
+                        ? x_ + static_cast<std::size_t>(start + n) * shape_.height * shape_.width * shape_.channels
+                        : nullptr;
+  }
+  // Takes the rows that are yet to be taken before `end`.
+  void take(int end, const Band<T>& to) {
+    for (; next_ < end; ++next_) {
+      const int h = next_ - shape_.padding;
+      if (h < 0 || h >= shape_.height)
+        to.take_zeros(next_);
+      else if (shape_.batch_first)
+        take_turned(h, to);
+      else
+        take_row(h, to);
     }
   }
-}
+
+ private:
+  void take_turned(int h, const Band<T>& to) {
+    const int values = shape_.width * shape_.channels;
+    for (int from = 0; from < values; from += kLanes<T>) {
+      const int begin = std::max(0, std::min(from, values - kLanes<T>));
+      transpose(samples_, static_cast<std::size_t>(h) * values + begin, std::min(values, kLanes<T>),
+                line_ + shape_.padding * shape_.channels + begin);
+    }
+    for (int c = 0; c < shape_.channels; ++c) to.take(line_ + c, shape_.channels, c, next_);
+  }
+  void take_row(int h, const Band<T>& to) {
+    for (int c = 0; c < shape_.channels; ++c) {
+      const T* from = x_ + (static_cast<std::size_t>(c) * shape_.height + h) * shape_.width * shape_.batch + start_;
+      for (int w = 0; w < shape_.width; ++w, from += shape_.batch)
+        line_[shape_.padding + w] = counts_ ? load(from, lanes_) : Vector<T>{};
+      to.take(line_, 1, c, next_);
+    }
+  }
+
+  const T* x_;
+  const Shape& shape_;
+  Vector<T>* line_;
+  int start_ = 0, lanes_ = 0, next_ = 0;
+  typename Vectors<T>::Order counts_ = {};
+  const T* samples_[kLanes<T>] = {};
+};
 
 // A kernel as its products take it: three taps of a row at a time, those first that have a third.
 struct Triples {
@@ -302,11 +327,13 @@ struct Triples {
 
   std::size_t count() const { return of.size(); }
 
-  // Where they begin in a band, seen from a row's first pixel.
+  // Where they begin in a band, (rows of the band, triples): for a row of results whose number, over the band's rows,
+  // leaves so much.
   template <typename T>
   std::vector<std::ptrdiff_t> offsets(const Band<T>& band) const {
     std::vector<std::ptrdiff_t> result;
-    for (const Triple& triple : of) result.push_back(band.offset(triple.channel, triple.row, triple.column));
+    for (int row = 0; row < band.rows; ++row)
+      for (const Triple& triple : of) result.push_back(band.offset(triple.channel, row + triple.row, triple.column));
     return result;
   }
 
@@ -398,12 +425,12 @@ inline void convolve_tile(const Vector<T>* x, std::size_t plane, const std::ptrd
 
 // A row of a tile's features.
 template <typename T>
-void convolve_row(const Vector<T>* x, std::size_t plane, const Triples& triples,
-                  const std::vector<std::ptrdiff_t>& offsets, const T* weights, int pairs, Vector<T>* z,
-                  std::size_t stride) {
+void convolve_row(const Band<T>& x, int row, const Triples& triples, const std::vector<std::ptrdiff_t>& offsets,
+                  const T* weights, int pairs, Vector<T>* z, std::size_t stride) {
+  const std::ptrdiff_t* of_row = offsets.data() + row % x.rows * triples.count();
   const auto each = [&](auto tile, int pair) {
     for (int half = 0; half < 2; ++half)
-      tile(x + pair, plane, offsets.data(), triples.count(), triples.whole, weights + half * triples.weights(),
+      tile(x.at + pair, x.plane(), of_row, triples.count(), triples.whole, weights + half * triples.weights(),
            z + half * kHalf * stride + 2 * pair, stride);
   };
   int pair = 0;
@@ -416,25 +443,28 @@ template <typename T>
 struct Tile {
   const Vector<T>* at;
   std::size_t stride, width;  // between features and rows
-  int rows, pairs;
+  int first, last, pairs;
 };
 
 // Adds gradients of `kTriples` weights of a kind: products of what the weights were multiplied with and gradients of
 // the products.
 template <typename T, int kKind, int kTriples>
-inline void correlate_tile(const Vector<T>* x, const std::ptrdiff_t* offsets, std::size_t x_width, const Tile<T>& of,
-                           Vector<T>* sums) {
+inline void correlate_tile(const Band<T>& x, const Triples& triples, const std::vector<std::ptrdiff_t>& offsets,
+                           std::size_t from, const Tile<T>& of, Vector<T>* sums) {
   Vector<T> held[kTriples][kFeatures];
 #pragma GCC unroll 16
   for (int t = 0; t < kTriples; ++t)
 #pragma GCC unroll 16
     for (int f = 0; f < kFeatures; ++f) held[t][f] = sums[t * kFeatures + f];
-  for (int row = 0; row < of.rows; ++row, x += x_width) {
-    const Vector<T>* at = of.at + row * of.width;
+  for (int row = of.first; row < of.last; ++row) {
+    const Vector<T>* at = of.at + (row - of.first) * of.width;
+    const Vector<T>* of_triples[kTriples];
+    for (int t = 0; t < kTriples; ++t)
+      of_triples[t] = x.at + kKind * x.plane() + offsets[row % x.rows * triples.count() + from + t];
     for (int pair = 0; pair < of.pairs; ++pair, at += 2) {
       Vector<T> pixels[kTriples];
 #pragma GCC unroll 16
-      for (int t = 0; t < kTriples; ++t) pixels[t] = x[offsets[t] + pair];
+      for (int t = 0; t < kTriples; ++t) pixels[t] = of_triples[t][pair];
 #pragma GCC unroll 16
       for (int f = 0; f < kFeatures; ++f) {
         const Vector<T>* of_pair = at + f * of.stride;
@@ -456,15 +486,15 @@ inline void correlate_tile(const Vector<T>* x, const std::ptrdiff_t* offsets, st
 
 // Adds those of all weights, (kind, triple, feature).
 template <typename T, int kKind = 0>
-void correlate(const Vector<T>* x, std::size_t plane, const Triples& triples,
-               const std::vector<std::ptrdiff_t>& offsets, std::size_t x_width, const Tile<T>& of, Vector<T>* sums) {
+void correlate(const Band<T>& x, const Triples& triples, const std::vector<std::ptrdiff_t>& offsets, const Tile<T>& of,
+               Vector<T>* sums) {
   const std::size_t count = kKind + 1 == kKinds ? triples.whole : triples.count();
   std::size_t n = 0;
   for (; n + kAcross <= count; n += kAcross)
-    correlate_tile<T, kKind, kAcross>(x, offsets.data() + n, x_width, of, sums + n * kFeatures);
-  for (; n < count; ++n) correlate_tile<T, kKind, 1>(x, offsets.data() + n, x_width, of, sums + n * kFeatures);
+    correlate_tile<T, kKind, kAcross>(x, triples, offsets, n, of, sums + n * kFeatures);
+  for (; n < count; ++n) correlate_tile<T, kKind, 1>(x, triples, offsets, n, of, sums + n * kFeatures);
   if constexpr (kKind + 1 < kKinds)
-    correlate<T, kKind + 1>(x + plane, plane, triples, offsets, x_width, of, sums + triples.count() * kFeatures);
+    correlate<T, kKind + 1>(x, triples, offsets, of, sums + triples.count() * kFeatures);
 }
 
 // How the columns of a map fall into pooling windows. The windows from `begin` to `end` are whole.
@@ -527,17 +557,17 @@ struct Moments {
   Wide<T> sum, square;
 };
 
-// A feature as pooling sees it: the sign that makes minima maxima, the least response, and the windows of a row: their
-// best values so far, and which pixels those are.
+// A feature as pooling sees it: the least response, and the windows of a row: their best values so far, and which
+// pixels those are.
 template <typename T>
 struct Pooling {
-  T sign, least;
+  T least;
   Vector<T>*best, *place;
 };
 
-// Pools a row of a feature, and adds its responses to the moments. Where there are none, what is not a number wins;
-// where there are, it spoils them, and with them everything.
-template <typename T, int kWindow, bool kRectify, bool kStatistics>
+// Pools a row of a feature, by maxima or minima, and adds its responses to the moments. Where there are none, what is
+// not a number wins; where there are, it spoils them, and with them everything.
+template <typename T, int kWindow, bool kMinima, bool kRectify, bool kStatistics>
 void pool_row(const Vector<T>* z, const Windows& windows, const Row& row, const Pooling<T>& pooling,
               Moments<T>* moments) {
   const Vector<T> pilot = kStatistics ? moments->pilot : Vector<T>{}, least = Vector<T>{} + pooling.least;
@@ -552,7 +582,7 @@ void pool_row(const Vector<T>* z, const Windows& windows, const Row& row, const 
   };
   int from = 0;
   if (row.pooled) {
-    const Vector<T> none = Vector<T>{} - std::numeric_limits<T>::infinity();
+    const Vector<T> none = Vector<T>{} + (kMinima ? 1 : -1) * std::numeric_limits<T>::infinity();
     Vector<T> most, where;
     windows.each<kWindow>(
         [&](int number) MER_JAX_INLINED {
@@ -560,11 +590,12 @@ void pool_row(const Vector<T>* z, const Windows& windows, const Row& row, const 
           where = row.first ? Vector<T>{} : pooling.place[number];
         },
         [&](int column, int place, int number) MER_JAX_INLINED {
-          const Vector<T> value = pooling.sign * z[column];
-          const auto wins = kStatistics ? value > most : (value > most) | (value != value);
+          const Vector<T> value = z[column];
+          const auto beats = kMinima ? value < most : value > most;
+          const auto wins = kStatistics ? beats : beats | (value != value);
           most = wins ? value : most;
           where = wins ? Vector<T>{} + T(row.place + place) : where;
-          add(z[column], number);
+          add(value, number);
         },
         [&](int number) MER_JAX_INLINED { pooling.best[number] = most, pooling.place[number] = where; });
     from = windows.covered();
@@ -580,10 +611,16 @@ void pool_row(const Vector<T>* z, const Windows& windows, const Row& row, const 
 template <typename T>
 using PoolRow = void (*)(const Vector<T>*, const Windows&, const Row&, const Pooling<T>&, Moments<T>*);
 
-template <typename T, int kWindow>
+template <typename T, int kWindow, bool kMinima>
 PoolRow<T> pool_row_for(bool rectify, bool statistics) {
-  if (!statistics) return pool_row<T, kWindow, false, false>;
-  return rectify ? pool_row<T, kWindow, true, true> : pool_row<T, kWindow, false, true>;
+  if (!statistics) return pool_row<T, kWindow, kMinima, false, false>;
+  return rectify ? pool_row<T, kWindow, kMinima, true, true> : pool_row<T, kWindow, kMinima, false, true>;
+}
+template <typename T, bool kMinima>
+PoolRow<T> pool_row_for(const Shape& shape, bool statistics) {
+  if (shape.window == 3) return pool_row_for<T, 3, kMinima>(shape.rectify, statistics);
+  if (shape.window == 2) return pool_row_for<T, 2, kMinima>(shape.rectify, statistics);
+  return pool_row_for<T, 0, kMinima>(shape.rectify, statistics);
 }
 
 // Gradients of a row of windows of a feature: of their winners, and which pixels those are.
@@ -591,6 +628,12 @@ template <typename T>
 struct Winners {
   Vector<T>*gradient, *place;
 };
+
+// Has the processor fetch so many places that lie apart and are about to be written.
+template <typename T>
+void fetch(const T* from, int count, std::size_t apart) {
+  for (int n = 0; n < count; ++n) __builtin_prefetch(from + n * apart, 1);
+}
 
 // Takes `factor given` and places at some columns of maps (..., B).
 template <typename T>
@@ -667,23 +710,18 @@ void forward(const Shape& shape, const T* x, const T* kernel, const T* bias, con
   const int pooled_rows = shape.pooled_rows(), pooled_columns = shape.pooled_columns();
   const std::size_t pooled = static_cast<std::size_t>(shape.features) * pooled_columns;
   const std::size_t width = 2 * static_cast<std::size_t>(shape.pairs());
-  Band<T> band(shape.channels, rows, shape.size, shape.padded_width());
-  const std::size_t line_count = Band<T>::line_for(shape.padded_width());
-  Vector<T>*line, *across, *z, *best, *where;
-  scratch.take<T>({{&band.at, band.count()},
-                   {&line, line_count},
-                   {&across, static_cast<std::size_t>(shape.width) * shape.channels + kLanes<T>},
-                   {&z, kFeatures * width},
-                   {&best, pooled},
-                   {&where, pooled}});
+  Band<T> band(shape.channels, 1, shape.size, shape.padded_width());
+  const std::size_t line_count = Source<T>::line_count(shape);
+  Vector<T>*line, *z, *best, *where;
+  scratch.take<T>(
+      {{&band.at, band.count()}, {&line, line_count}, {&z, kFeatures * width}, {&best, pooled}, {&where, pooled}});
   clear<T>(line, line_count);
+  Source<T> source(x, shape, line);
   const Triples triples(shape.channels, shape.size, shape.features);
   const auto offsets = triples.offsets(band);
   const auto weights = triples.packed(kernel);
   const Windows windows(shape);
-  const PoolRow<T> pool = shape.window == 3   ? pool_row_for<T, 3>(shape.rectify, mean)
-                          : shape.window == 2 ? pool_row_for<T, 2>(shape.rectify, mean)
-                                              : pool_row_for<T, 0>(shape.rectify, mean);
+  const PoolRow<T> maxima = pool_row_for<T, false>(shape, mean), minima = pool_row_for<T, true>(shape, mean);
   std::vector<Moments<T>> moments(shape.features);
   std::vector<double> means(shape.features, 0.0), deviations(shape.features, 0.0);
   const double pixels = static_cast<double>(rows) * columns;
@@ -691,39 +729,39 @@ void forward(const Shape& shape, const T* x, const T* kernel, const T* bias, con
   for (int start = 0; start < shape.batch; start += kLanes<T>) {
     const int lanes = std::min(kLanes<T>, shape.batch - start);
     const Vector<T> counts = mask ? load(mask + start, lanes) : Vector<T>{} + T(1);
+    source.begin(start, lanes, counts);
     for (int row = 0; row < rows; ++row) {
-      const int of_band = row % band.at_once;
-      if (of_band == 0)
-        take(x, shape, start, lanes, counts, row, std::min(band.at_once, rows - row) + shape.size - 1, line, across,
-             band);
+      source.take(row + shape.size, band);
       const int window_row = shape.window_of(row);
       const Row of_row(shape, row);
       for (int f = 0; f < shape.features; ++f) {
         if (f % kFeatures == 0)
-          convolve_row<T>(band.at + band.offset(0, of_band, 0), band.plane(), triples, offsets,
-                          weights.data() + f / kHalf * triples.weights(), shape.pairs(), z, width);
+          convolve_row<T>(band, row, triples, offsets, weights.data() + f / kHalf * triples.weights(), shape.pairs(), z,
+                          width);
         const Vector<T>* of_feature = z + f % kFeatures * width;
         if (row == 0) {
           const Vector<T> pilot = of_feature[columns / 2], least = Vector<T>{} - bias[f];
           moments[f] = {shape.rectify ? (pilot <= least ? least : pilot) : pilot, Wide<T>{}, Wide<T>{}};
         }
         const std::size_t at = static_cast<std::size_t>(f) * pooled_columns;
-        pool(of_feature, windows, of_row, {scale[f] < 0 ? T(-1) : T(1), -bias[f], best + at, where + at}, &moments[f]);
+        if (of_row.pooled && of_row.first)
+          fetch(extreme + (at * pooled_rows + window_row * pooled_columns) * shape.batch + start, pooled_columns,
+                shape.batch);
+        (scale[f] < 0 ? minima : maxima)(of_feature, windows, of_row, {-bias[f], best + at, where + at}, &moments[f]);
       }
       if (!of_row.pooled || (row < rows - 1 && !Row(shape, row + 1).first)) continue;
       for (int f = 0; f < shape.features; ++f) {
-        const T sign = scale[f] < 0 ? T(-1) : T(1);
-        const Vector<T> least = Vector<T>{} - bias[f];
-        for (int column = 0; column < pooled_columns; ++column) {
-          const std::size_t from = static_cast<std::size_t>(f) * pooled_columns + column;
-          const std::size_t to = (static_cast<std::size_t>(f) * pooled_rows + window_row) * pooled_columns + column;
-          Vector<T> value = sign * best[from];
-          if (shape.rectify) value = value <= least ? least : value;
-          store(extreme + to * shape.batch + start, value, lanes);
-          if (place)
-            store(place + shape.template place_at<T>(start, window_row, f, column), to_places<T>(where[from]),
-                  kLanes<T>);
+        const Vector<T> least = Vector<T>{} - (shape.rectify ? bias[f] : std::numeric_limits<T>::infinity());
+        const std::size_t at = static_cast<std::size_t>(f) * pooled_columns;
+        T* to = extreme + (at * pooled_rows + window_row * pooled_columns) * shape.batch + start;
+        for (int column = 0; column < pooled_columns; ++column, to += shape.batch) {
+          const Vector<T> value = best[at + column];
+          store(to, value <= least ? least : value, lanes);
         }
+        if (!place) continue;
+        Place* to_place = place + shape.template place_at<T>(start, window_row, f, 0);
+        for (int column = 0; column < pooled_columns; ++column, to_place += kLanes<T>)
+          store(to_place, to_places<T>(where[at + column]), kLanes<T>);
       }
     }
     // Chan, Golub and LeVeque 1979: deviations of the parts, here samples, and of their means.
@@ -731,11 +769,12 @@ void forward(const Shape& shape, const T* x, const T* kernel, const T* bias, con
       if (mask[start + lane] == 0) continue;
       const double before = count;
       count += pixels;
+      const double share = pixels / count;
       for (int f = 0; f < shape.features; ++f) {
         const double sum = moments[f].sum[lane], beyond = sum / pixels;
         const double delta = moments[f].pilot[lane] + beyond - means[f];
-        means[f] += delta * pixels / count;
-        deviations[f] += moments[f].square[lane] - sum * beyond + delta * delta * before * pixels / count;
+        means[f] += delta * share;
+        deviations[f] += moments[f].square[lane] - sum * beyond + delta * delta * before * share;
       }
     }
   }
@@ -758,21 +797,20 @@ void backward(const Shape& shape, const T* x, const T* kernel, const T* bias, co
   const Triples triples(shape.channels, shape.size, shape.features);
   const std::size_t of_tile_count = kKinds * triples.count() * kFeatures,
                     sums_count = of_tile_count * tiles(shape.features);
-  Band<T> band(shape.channels, rows, shape.size, shape.padded_width());
+  const int at_once = std::min(rows, std::max(1, kPairsAtOnce / pairs));
+  Band<T> band(shape.channels, at_once, shape.size, shape.padded_width());
   // All gradients of the maps are kept, between zeros, for that of x; else those of some rows of a tile.
-  const int at_once = std::min({rows, band.at_once, std::max(1, kPairsAtOnce / pairs)});
   const int around = x_gradient ? shape.size - 1 - shape.padding : 0;
   const int z_rows = x_gradient ? rows + 2 * around : at_once;
-  const int z_pixels = static_cast<int>(width) + 2 * around, z_width = Band<T>::line_for(z_pixels);
+  const int z_pixels = static_cast<int>(width) + 2 * around, z_width = z_pixels + Band<T>::beyond;
   const std::size_t z_plane = static_cast<std::size_t>(z_rows) * z_width;
   const std::size_t z_count = (x_gradient ? features : kFeatures) * z_plane;
   const int back_pairs = (shape.width + 1) / 2;
-  Band<T> back_band(shape.features, shape.height, shape.size, z_pixels);
-  const std::size_t line_count = Band<T>::line_for(shape.padded_width());
-  Vector<T>*line, *across, *z, *sums, *bias_sums, *best, *where, *back;
+  Band<T> back_band(shape.features, 1, shape.size, z_pixels);
+  const std::size_t line_count = Source<T>::line_count(shape);
+  Vector<T>*line, *z, *sums, *bias_sums, *best, *where, *back;
   scratch.take<T>({{&band.at, band.count()},
                    {&line, line_count},
-                   {&across, static_cast<std::size_t>(shape.width) * shape.channels + kLanes<T>},
                    {&z, z_count},
                    {&sums, sums_count},
                    {&bias_sums, static_cast<std::size_t>(features)},
@@ -782,6 +820,7 @@ void backward(const Shape& shape, const T* x, const T* kernel, const T* bias, co
                    {&back, 2 * static_cast<std::size_t>(kFeatures) * back_pairs}});
   clear<T>(line, line_count);
   clear<T>(z, z_count);
+  Source<T> source(x, shape, line);
   const auto offsets = triples.offsets(band);
   const auto weights = triples.packed(kernel);
   const Triples back_triples(shape.features, shape.size, shape.channels);
@@ -801,28 +840,26 @@ void backward(const Shape& shape, const T* x, const T* kernel, const T* bias, co
     const Vector<T> valid = load(mask + start, lanes);
     clear<T>(sums, sums_count);
     clear<T>(bias_sums, features);
+    source.begin(start, lanes, valid);
     for (int first = 0, last; first < rows; first = last) {
-      const int of_band = first % band.at_once, band_begin = first - of_band;
-      last = std::min({rows, first + at_once, band_begin + band.at_once});
-      if (of_band == 0)
-        take(x, shape, start, lanes, valid, first, std::min(band.at_once, rows - first) + shape.size - 1, line, across,
-             band);
+      last = std::min(rows, first + at_once);
+      source.take(last + shape.size - 1, band);
       for (int begin = 0; begin < shape.features; begin += kFeatures) {
         Vector<T>* of_tile = z;
         if (x_gradient) of_tile += begin * z_plane + static_cast<std::size_t>(first + around) * z_width + around;
         for (int row = first; row < last; ++row) {
           Vector<T>* of_rows = of_tile + static_cast<std::size_t>(row - first) * z_width;
-          convolve_row<T>(band.at + band.offset(0, of_band + row - first, 0), band.plane(), triples, offsets,
-                          weights.data() + begin / kHalf * triples.weights(), pairs, of_rows, z_plane);
+          convolve_row<T>(band, row, triples, offsets, weights.data() + begin / kHalf * triples.weights(), pairs,
+                          of_rows, z_plane);
           for (int f = 0; f < std::min(shape.features - begin, kFeatures); ++f) {
             const Row of_map(shape, row);
             const std::size_t window = static_cast<std::size_t>(begin + f) * pooled_columns;
             const Winners<T> winners = {best + window, where + window};
             if (of_map.pooled && of_map.first) {
-              const std::size_t at =
-                  (window * pooled_rows + shape.window_of(row) * pooled_columns) * shape.batch + start;
-              take_winners(given + at, place + shape.template place_at<T>(start, shape.window_of(row), begin + f, 0),
-                           factor[begin + f], pooled_columns, shape.batch, lanes, winners);
+              const int window_row = shape.window_of(row);
+              const T* from = given + (window * pooled_rows + window_row * pooled_columns) * shape.batch + start;
+              take_winners(from, place + shape.template place_at<T>(start, window_row, begin + f, 0), factor[begin + f],
+                           pooled_columns, shape.batch, lanes, winners);
             }
             Vector<T>* of_row = of_rows + f * z_plane;
             bias_sums[begin + f] += to_gradient(
@@ -830,8 +867,7 @@ void backward(const Shape& shape, const T* x, const T* kernel, const T* bias, co
             if (columns % 2) of_row[columns] = Vector<T>{};
           }
         }
-        correlate<T>(band.at + band.offset(0, of_band, 0), band.plane(), triples, offsets, band.width(),
-                     {of_tile, z_plane, static_cast<std::size_t>(z_width), last - first, pairs},
+        correlate<T>(band, triples, offsets, {of_tile, z_plane, static_cast<std::size_t>(z_width), first, last, pairs},
                      sums + begin / kFeatures * of_tile_count);
       }
     }
@@ -839,14 +875,13 @@ void backward(const Shape& shape, const T* x, const T* kernel, const T* bias, co
       for (int lane = 0; lane < kLanes<T>; ++lane) totals[at] += sums[at][lane];
     for (int f = 0; f < shape.features; ++f)
       for (int lane = 0; lane < kLanes<T>; ++lane) bias_totals[f] += bias_sums[f][lane];
-    for (int row = 0; x_gradient && row < shape.height; ++row) {
-      const int of_band = row % back_band.at_once;
-      for (int f = 0; of_band == 0 && f < shape.features; ++f)
-        for (int n = 0; n < std::min(back_band.at_once, shape.height - row) + shape.size - 1; ++n)
-          back_band.take(z + f * z_plane + static_cast<std::size_t>(row + n) * z_width, f, n);
+    for (int row = 0, taken = 0; x_gradient && row < shape.height; ++row) {
+      for (; taken < row + shape.size; ++taken)
+        for (int f = 0; f < shape.features; ++f)
+          back_band.take(z + f * z_plane + static_cast<std::size_t>(taken) * z_width, 1, f, taken);
       for (int c = 0; c < shape.channels; ++c) {
         if (c % kFeatures == 0)
-          convolve_row<T>(back_band.at + back_band.offset(0, of_band, 0), back_band.plane(), back_triples, back_offsets,
+          convolve_row<T>(back_band, row, back_triples, back_offsets,
                           back_weights.data() + c / kHalf * back_triples.weights(), back_pairs, back, 2 * back_pairs);
         T* to = x_gradient + (static_cast<std::size_t>(c) * shape.height + row) * shape.width * shape.batch + start;
         for (int column = 0; column < shape.width; ++column)

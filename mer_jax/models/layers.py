@@ -61,8 +61,8 @@ def dropout_scale(
             index = jax.lax.broadcasted_iota(jnp.uint32, shape, axis)
             counter = counter * np.uint32(shape[axis]) + index
         # 24 bits are what a float32 in [0, 1) holds.
-        kept = (counter_bits(key, counter) >> 8).astype(jnp.float32) * np.float32(2**-24) < keep
-        return jnp.where(kept, 1.0 / keep, 0.0)
+        return (counter_bits(key, counter) >> 8).astype(jnp.float32) * np.float32(2**-24) < keep
 
     # What a branch makes is made once; a compiler would otherwise draw anew wherever the factor is used.
-    return jax.lax.cond(keep < 1.0, draw, lambda: jnp.ones(shape, jnp.float32))
+    kept = jax.lax.cond(keep < 1.0, draw, lambda: jnp.ones(shape, bool))
+    return jnp.where(kept, 1.0 / keep, 0.0)

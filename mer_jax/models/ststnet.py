@@ -66,8 +66,8 @@ class STSTNet(nn.Module):
         scale = dropout_scale(self, x.shape, dropout, train, sample_axis=3)
         x = x if scale is None else x * scale
         x = average_pool(x[:, : x.shape[1] // 2 * 2, : x.shape[2] // 2 * 2])
-        x = x.reshape(-1, x.shape[-1]).T  # (16, H'', W'', B) -> (B, 16 H'' W''), as PyTorch flattens
-        return Dense(self.num_classes, name="fc")(x)
+        x = x.reshape(-1, x.shape[-1])  # (16, H'', W'', B) -> (16 H'' W'', B), in the order of PyTorch's flattening
+        return Dense(self.num_classes, name="fc")(x, samples_last=True)
 
 
 @jax.custom_vjp
