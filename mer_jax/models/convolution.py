@@ -396,7 +396,7 @@ def torch_uniform(fan_in: int) -> nn.initializers.Initializer:
 
 
 class Dense(nn.Module):
-    """A dense layer on ``(B, D)``, initialised as PyTorch initialises ``Linear``.
+    """A dense layer on vectors, initialised as PyTorch initialises ``Linear``.
 
     Attributes:
         features: Width of the output.
@@ -413,5 +413,5 @@ class Dense(nn.Module):
         if not samples_last:
             return x @ kernel + bias[None]
         product = jax.lax.dot_general(kernel, x, (((0,), (0,)), ((), ())))  # (D, features) (D, B) -> (features, B)
-        # Turned within the product, it takes a CPU ten times as long.
+        # The barrier keeps XLA from turning within the product, which takes a CPU ten times as long.
         return jax.lax.optimization_barrier(product).T + bias[None]

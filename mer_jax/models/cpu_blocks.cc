@@ -205,8 +205,9 @@ struct Shape {
 constexpr int kKinds = 4;
 
 // Rows of padded maps as such products take them, (kinds, channels, rows, columns to begin with, pairs): pairs of
-// results begin at even columns, and at odd ones for the second three taps of a kernel. There are as many rows as some
-// rows of results are made from, in the first cache if they fit: a new row takes the place of one that is done with.
+// results begin at even columns, and at odd ones for the second three taps of a kernel. A ring: row r lies at place
+// r % rows. It holds what `results` neighbouring rows of results are made from, and a new row takes the place of one
+// that is done with, so that what is at work stays in the first cache if it fits.
 template <typename T>
 struct Band {
   Vector<T>* at;
@@ -227,7 +228,7 @@ struct Band {
            static_cast<std::ptrdiff_t>(column % 2) * pairs + column / 2;
   }
 
-  // Takes a row of pixels, of which there are `beyond` more than the maps have, `stride` vectors apart.
+  // Takes a row of pixels `stride` vectors apart, of which there are `beyond` more than padded maps have, all zero.
   static constexpr int beyond = 4;
   void take(const Vector<T>* pixels, int stride, int channel, int row) const {
     Vector<T>* to = at + offset(channel, row, 0);
@@ -247,15 +248,17 @@ struct Band {
   }
 };
 
-// The rows of some samples of x, padded by zeros; of samples that do not count, by a mask or because they are none,
-// zeros as well, whatever they hold.
+// The rows of some samples of x, padded by zeros, each once and in their order; of samples that do not count, by a mask
+// or because they are none, zeros as well, whatever they hold.
 template <typename T>
 class Source {
  public:
-  // `line` is zero, and stays so where there are no pixels.
+  // `line` is for the pixels of a row, of all channels where they lie together and else of one. It is zero, and stays
+  // so where there are no pixels.
   Source(const T* x, const Shape& shape, Vector<T>* line) : x_(x), shape_(shape), line_(line) {}
   static std::size_t line_count(const Shape& shape) {
-    return static_cast<std::size_t>(shape.padded_width() + Band<T>::beyond) * shape.channels + kLanes<T>;
+    const std::size_t pixels = shape.padded_width() + Band<T>::beyond;
+    return shape.batch_first ? pixels * shape.channels + kLanes<T> : pixels;
   }
 
   // Begins with samples `start` and following.
@@ -266,7 +269,7 @@ class Source {
                         ? x_ + static_cast<std::size_t>(start + n) * shape_.height * shape_.width * shape_.channels
                         : nullptr;
   }
-  // Takes the rows that are yet to be taken before `end`.
+  // Takes the rows before `end` that are yet to be taken.
   void take(int end, const Band<T>& to) {
     for (; next_ < end; ++next_) {
       const int h = next_ - shape_.padding;
@@ -327,8 +330,7 @@ struct Triples {
 
   std::size_t count() const { return of.size(); }
 
-  // Where they begin in a band, (rows of the band, triples): for a row of results whose number, over the band's rows,
-  // leaves so much.
+  // Where they begin in a band, (row of results modulo the band's rows, triple).
   template <typename T>
   std::vector<std::ptrdiff_t> offsets(const Band<T>& band) const {
     std::vector<std::ptrdiff_t> result;
@@ -443,7 +445,8 @@ template <typename T>
 struct Tile {
   const Vector<T>* at;
   std::size_t stride, width;  // between features and rows
-  int first, last, pairs;
+  int first, last;            // rows of the map from `first`, which lies at `at`, to before `last`
+  int pairs;
 };
 
 // Adds gradients of `kTriples` weights of a kind: products of what the weights were multiplied with and gradients of
@@ -629,12 +632,6 @@ struct Winners {
   Vector<T>*gradient, *place;
 };
 
-// Has the processor fetch so many places that lie apart and are about to be written.
-template <typename T>
-void fetch(const T* from, int count, std::size_t apart) {
-  for (int n = 0; n < count; ++n) __builtin_prefetch(from + n * apart, 1);
-}
-
 // Takes `factor given` and places at some columns of maps (..., B).
 template <typename T>
 void take_winners(const T* given, const Place* place, T factor, int columns, int batch, int lanes,
@@ -700,6 +697,12 @@ GradientRow<T> gradient_row_for(bool rectify) {
   return rectify ? gradient_row<T, kWindow, true> : gradient_row<T, kWindow, false>;
 }
 
+// Asks for lines of memory that lie `apart` values from one another and are about to be written.
+template <typename T>
+void fetch(const T* to, int count, std::size_t apart) {
+  for (int n = 0; n < count; ++n) __builtin_prefetch(to + n * apart, 1);
+}
+
 // Pools responses, less the bias; with `place` also says which pixel of its window won, and with `mean` what mean and
 // variance the responses of the mask's samples have. A bias adds nothing to what is normalised but to where a ReLU
 // begins: max(z + b, 0) - b = max(z, -b).
@@ -751,6 +754,7 @@ void forward(const Shape& shape, const T* x, const T* kernel, const T* bias, con
       }
       if (!of_row.pooled || (row < rows - 1 && !Row(shape, row + 1).first)) continue;
       for (int f = 0; f < shape.features; ++f) {
+        // Without a ReLU nothing is too little.
         const Vector<T> least = Vector<T>{} - (shape.rectify ? bias[f] : std::numeric_limits<T>::infinity());
         const std::size_t at = static_cast<std::size_t>(f) * pooled_columns;
         T* to = extreme + (at * pooled_rows + window_row * pooled_columns) * shape.batch + start;

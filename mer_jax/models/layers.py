@@ -63,6 +63,7 @@ def dropout_scale(
         # 24 bits are what a float32 in [0, 1) holds.
         return (counter_bits(key, counter) >> 8).astype(jnp.float32) * np.float32(2**-24) < keep
 
-    # What a branch makes is made once; a compiler would otherwise draw anew wherever the factor is used.
+    # What a branch makes is made once, and kept, a byte a value; a compiler would otherwise draw anew wherever the
+    # factor is used.
     kept = jax.lax.cond(keep < 1.0, draw, lambda: jnp.ones(shape, bool))
     return jnp.where(kept, 1.0 / keep, 0.0)
