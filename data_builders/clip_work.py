@@ -89,9 +89,7 @@ def finish_clips(
     """
     # What a kill left of a file that was being written. A worker of a cluster that still is at work for a process that
     # was killed fails by this, unheard; here its clip is not finished and will be.
-    for folder in {task.path.parent for task in tasks}:
-        for stale in folder.glob(".*.tmp"):
-            stale.unlink(missing_ok=True)
+    _remove_stale_files(tasks)
     left = [task for task in tasks if not _is_finished(task)]
     if left and isinstance(workers, Cluster):
         workers.require(sources)
@@ -99,6 +97,7 @@ def finish_clips(
     errors = [(task.name, result) for task, result in zip(left, results, strict=True) if result is not None]
     if isinstance(workers, Cluster):
         workers.await_files(task.path for task, result in zip(left, results, strict=True) if result is None)
+        _remove_stale_files(tasks)  # of a worker that was lost while it wrote
     if errors:
         reasons = "; ".join(f"clip {name}: {error}" for name, error in errors[:_MAX_NAMED])
         more = f"; and {len(errors) - _MAX_NAMED} more" if len(errors) > _MAX_NAMED else ""
@@ -107,6 +106,12 @@ def finish_clips(
             "finished and kept: repair or remove these and run the same command again"
         )
     return {task.name: task.path for task in tasks}
+
+
+def _remove_stale_files(tasks: Sequence[ClipTask]) -> None:
+    for folder in {task.path.parent for task in tasks}:
+        for stale in folder.glob(".*.tmp"):
+            stale.unlink(missing_ok=True)
 
 
 def say_waiting(work: Path) -> None:

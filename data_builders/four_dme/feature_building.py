@@ -297,8 +297,7 @@ class _Job:
 
     def run(self) -> None:
         """Finishes the clips that are not."""
-        for stale in self.folder.glob(f".*{TEMPORARY_SUFFIX}"):
-            stale.unlink(missing_ok=True)
+        self._remove_stale_files()
         found = [load_clip(self._path(clip), fingerprint(clip)) for clip in self.clips]
         left = [index for index, clip in enumerate(found) if clip is None]
         to_extract = [index for index in left if self._views(index)]
@@ -346,6 +345,11 @@ class _Job:
                 self._begin(program.batch_size, made_with, f"{len(devices)} x {program.batch_size} at once", bar)
                 self._receive(program, itertools.chain([first], arrivals), bar)
 
+    def _remove_stale_files(self) -> None:
+        """Removes what a kill left of files that were being written."""
+        for stale in self.folder.glob(f".*{TEMPORARY_SUFFIX}"):
+            stale.unlink(missing_ok=True)
+
     def _run_on_cluster(self, cluster: Cluster, to_extract: Sequence[int], before: Record | None) -> None:
         """Extracts clips on the cluster's devices; which worker does a clip, and with which others, changes no bit."""
         cluster.require([self.clips[index].frames[0] for index in to_extract])
@@ -368,6 +372,7 @@ class _Job:
                     self._errors[self.clips[index].name] = error
         names = [self.clips[index].name for index in to_extract]
         cluster.await_files(self.folder / f"{name}.npz" for name in names if name not in self._errors)
+        self._remove_stale_files()  # of a worker that was lost while it wrote
 
     def _decide(self, cluster: Cluster, to_extract: Sequence[int], before: Record | None) -> tuple[dict[str, str], int]:
         """Asks a worker for what :func:`_decide` tells of the first clip that has anything to see."""
